@@ -1,0 +1,50 @@
+"""Argument checks. Every message names the argument, what was got and what was wanted."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from hftcore.errors import HftcoreError, NonFiniteError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise HftcoreError(
+            f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}; convert it (dequantise packed weights) first"
+        )
+
+
+def weight(tensor: Tensor, reference: Tensor | None) -> None:
+    if tensor.dim() != 2:
+        raise HftcoreError(f"weight must be [out_features, in_features], got shape {tuple(tensor.shape)}")
+    floating("weight", tensor)
+    if reference is not None and (reference.shape != tensor.shape or reference.dtype != tensor.dtype):
+        raise HftcoreError(
+            f"reference must have the shape and dtype of weight, {tuple(tensor.shape)} {tensor.dtype}, "
+            f"got {tuple(reference.shape)} {reference.dtype}"
+        )
+    if reference is not None:
+        same_device("reference", reference, tensor)
+
+
+def same_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise HftcoreError(f"{name} must be on {like.device} with weight, got {tensor.device}")
+
+
+def norm(energy: Tensor, like: Tensor) -> Tensor:
+    """The square root of a checked energy: [N] float32, finite, not negative."""
+    if energy.shape != like.shape[-1:] or energy.dtype != torch.float32:
+        raise HftcoreError(
+            f"energy must be float32 of shape ({like.shape[-1]},) (one value for each column of weight), "
+            f"got {energy.dtype} {tuple(energy.shape)}"
+        )
+    same_device("energy", energy, like)
+    root = energy.contiguous().sqrt()
+    # the largest root is NaN if any energy is NaN or negative, and infinite if any is infinite
+    if root.numel() and not math.isfinite(float(root.max())):
+        raise NonFiniteError("energy must be finite and not negative; calibrate again on clean data")
+    return root

@@ -1,0 +1,1 @@
+"""The defences' update rules, as pure PyTorch."""

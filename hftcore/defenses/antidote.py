@@ -1,0 +1,111 @@
+"""Antidote: after fine-tuning, remove the weights that matter most for harmful data.
+
+Huang et al., "Antidote: Post-fine-tuning Safety Alignment for Large Language Models against Harmful Fine-tuning", arXiv:2408.09600.
+Where paper and published code differ is tabled in `docs/antidote.md`.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hftcore.calibrate import calibrate
+from hftcore.edit import Edit
+from hftcore.energy import Energy
+from hftcore.errors import HftcoreError
+from hftcore.layers import find_layers
+from hftcore.pattern import Pattern, Remove, Scope
+from hftcore.prune import Score, prune
+
+
+def antidote(
+    model: nn.Module,
+    harmful_batches: Energy | Iterable[Mapping[str, Tensor]] | None,
+    dense_ratio: float = 0.1,
+    *,
+    targets: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
+    scope: Scope = "row",
+    remove: Remove = "highest",
+    tokens: Literal["all", "response"] = "all",
+    average: Literal["sum", "sample-norm"] = "sum",
+    score: Score = "wanda",
+    seed: int = 0,
+    reference: nn.Module | None = None,
+    benign_batches: Energy | Iterable[Mapping[str, Tensor]] | None = None,
+    benign_ratio: float | None = None,
+) -> Edit:
+    """Antidote in one call: score on harmful data, remove the top share of the weights, in place.
+
+    The weights it is meant for are the factors of the fine-tuned LoRA adapter. On merged or full weights removing the top scores
+    destroys small models even at one weight a row (the outlier features go first), so that call warns; pass `reference`.
+
+    Args:
+        model: the fine-tuned model; changed in place, and left as it was if anything fails.
+        harmful_batches: harmful prompt-and-answer batches as for `calibrate`, or the Energy measured on them. None where the score
+            needs no data ("magnitude", "random").
+        dense_ratio: share removed, in [0, 1]: n - int(n * (1 - dense_ratio)) of each group of n. Headline setting of the paper: 0.1.
+        targets: layers in PEFT's convention; None: the LoRA factors where the model has an adapter, else all linear layers.
+        exclude: layers to leave out.
+        scope: "row" (the published code), "matrix" or "model".
+        remove: "highest" is Antidote; "lowest" is Wanda's pruning, for comparison.
+        tokens: "all" (the published code counts prompt and answer) or "response".
+        average: "sum": root of the summed squares over all tokens, which ranks as the published code's root mean square over samples;
+            "sample-norm": the mean over samples of each sample's norm, the paper's Eq. 1.
+        score: "wanda", or the papers' baselines "magnitude" and "random".
+        seed: of the random score.
+        reference: the model before fine-tuning: scores |W - W_ref|·norm, and removed weights take its values.
+        benign_batches, benign_ratio: spare the weights that are also in the top `benign_ratio` (default: dense_ratio) for benign data.
+
+    Returns:
+        The Edit that was made; `edit.revert(model)` undoes it bit for bit.
+
+    Raises:
+        HftcoreError: as `calibrate` and `prune`.
+
+    Source: Eqs. 1-3; group and counts from the published code (the paper leaves the group open).
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(10, 2, bias=False))
+    >>> edit = antidote(model, Energy({"0": torch.ones(10)}), dense_ratio=0.1, reference=torch.nn.Sequential(torch.nn.Linear(10, 2)))
+    >>> edit.removed
+    2
+    """
+    pattern = Pattern(dense_ratio, scope=scope, remove=remove)
+    if targets is None:
+        targets = "lora" if any(".lora_A." in name for name, _ in model.named_modules()) else "all-linear"
+    energy: Energy
+    if isinstance(harmful_batches, Energy):
+        energy = harmful_batches
+    elif score != "wanda":
+        energy = _ones(model, targets, exclude)
+    elif harmful_batches is None:
+        raise HftcoreError("harmful_batches must be batches or an Energy for score 'wanda', got None")
+    else:
+        energy = calibrate(model, harmful_batches, targets, exclude, tokens=tokens, average=average)
+    if remove == "highest" and reference is None and score != "random" and not all("lora_" in name for name in energy):
+        warnings.warn(
+            "removing the highest-scored weights of full or merged matrices: on SmolLM2-135M one weight a row (ratio 0.001) already "
+            "broke the model; target the LoRA factors, or pass reference=",
+            stacklevel=2,
+        )
+    minus = None
+    if benign_batches is not None:
+        if not isinstance(benign_batches, Energy):
+            benign_batches = calibrate(model, benign_batches, targets, exclude, tokens=tokens, average=average)
+        minus = (
+            benign_batches,
+            Pattern(dense_ratio if benign_ratio is None else benign_ratio, scope=scope, remove=remove),
+        )
+    elif benign_ratio is not None:
+        raise HftcoreError("benign_ratio needs benign_batches")
+    edit = prune(model, energy, pattern, reference=reference, score=score, seed=seed, minus=minus)
+    edit.recipe |= {"method": "antidote", "dense_ratio": dense_ratio, "tokens": tokens, "average": average}
+    return edit
+
+
+def _ones(model: nn.Module, targets: str | list[str], exclude: str | list[str] | None) -> Energy:
+    """Energies for scores that use none."""
+    layers = find_layers(model, targets, exclude)
+    return Energy({layer.name: torch.ones_like(layer.weight[..., 0, :], dtype=torch.float32) for layer in layers})

@@ -1,0 +1,253 @@
+"""Edits: a change to a model's weights that can be saved, applied, and reverted bit for bit.
+
+On disk an Edit is a folder: `edit.safetensors` with, for each tensor, the packed mask of what changed and the values before (and
+after, where it is not zero), and `edit_config.json` with the recipe, shapes and fingerprints. Names are those of the parameters in
+memory; masks are in [out, in] orientation, whatever the storage (Conv1D, transposed experts), experts one below the other.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hftcore import ops
+from hftcore.errors import FingerprintError, HftcoreError
+from hftcore.files import whole_folder
+
+CONFIG = "edit_config.json"
+TENSORS = "edit.safetensors"
+FORMAT = 1
+
+fingerprint = ops.fingerprint
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """What happens to one tensor.
+
+    Fields:
+        shape: stored shape of the parameter, [M, N], [N, M] if transposed, or with the experts' axis in front.
+        dtype: its name, "float32", "bfloat16" or "float16".
+        transposed: stored [.., in, out].
+        mask: packed, [rows, ceil(N / 8)] uint8 on the CPU, 1 = changed; rows = M, or E * M for fused experts.
+        before: [R] the values under the mask before the edit.
+        after: [R] those after it; None means zeros.
+        fingerprint_before, fingerprint_after: of the whole tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    transposed: bool
+    mask: Tensor
+    before: Tensor
+    after: Tensor | None
+    fingerprint_before: str
+    fingerprint_after: str
+
+
+def matrices(tensor: Tensor, transposed: bool) -> list[Tensor]:
+    """The [out, in] views of a stored weight: one, or one for each fused expert."""
+    oriented = tensor.transpose(-1, -2) if transposed else tensor
+    return [oriented] if oriented.dim() == 2 else list(oriented.unbind(0))
+
+
+def apply_tensor_(tensor: Tensor, entry: TensorEdit) -> None:
+    """Write the values after the edit into a stored tensor. The caller has checked its fingerprint."""
+    _write(tensor, entry, entry.after)
+
+
+def revert_tensor_(tensor: Tensor, entry: TensorEdit) -> None:
+    """Write the values before the edit into a stored tensor. The caller has checked its fingerprint."""
+    _write(tensor, entry, entry.before)
+
+
+@torch.no_grad()
+def _write(tensor: Tensor, entry: TensorEdit, values: Tensor | None) -> None:
+    views = matrices(tensor.detach(), entry.transposed)
+    start = 0
+    for view, mask in zip(views, entry.mask.chunk(len(views)) if views else (), strict=True):
+        part = None
+        if values is not None:
+            stop = start + ops.count_mask(mask)
+            part = values[start:stop].to(view.device)
+            start = stop
+        ops.masked_put_(view, mask.to(view.device), part)
+
+
+@dataclass
+class Edit:
+    """A reversible change to a model's weights. `hftcore.prune` and `hftcore.antidote` return one.
+
+    Fields:
+        tensors: parameter name -> `TensorEdit`.
+        recipe: what made it (JSON values only).
+
+    >>> layer = torch.nn.Linear(4, 1, bias=False)
+    >>> edit = prune(layer, Energy({"": torch.ones(4)}), Pattern("50%"))
+    >>> edit.removed, edit.size
+    (2, 4)
+    >>> edit.revert(layer)
+    """
+
+    tensors: dict[str, TensorEdit] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> int:
+        """Number of weights changed."""
+        return sum(entry.before.numel() for entry in self.tensors.values())
+
+    @property
+    def size(self) -> int:
+        """Number of weights in the tensors touched."""
+        return sum(torch.Size(entry.shape).numel() for entry in self.tensors.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights changed; 0 for an empty edit."""
+        return self.removed / self.size if self.size else 0.0
+
+    def __repr__(self) -> str:
+        return f"Edit({len(self.tensors)} tensors, {self.removed} of {self.size} weights changed, {self.sparsity:.2%})"
+
+    def apply(self, model: nn.Module) -> None:
+        """Make the change on `model`, in place.
+
+        Raises:
+            FingerprintError: a tensor is not the one the edit was made for; nothing is changed.
+            HftcoreError: the model has no such parameter; nothing is changed.
+        """
+        for parameter, entry in self._checked(model, "fingerprint_before"):
+            apply_tensor_(parameter, entry)
+
+    def revert(self, model: nn.Module) -> None:
+        """Undo the change on `model`, in place and bit for bit.
+
+        Raises:
+            FingerprintError: a tensor is not as the edit left it; nothing is changed.
+            HftcoreError: the model has no such parameter; nothing is changed.
+        """
+        for parameter, entry in self._checked(model, "fingerprint_after"):
+            revert_tensor_(parameter, entry)
+
+    def _checked(self, model: nn.Module, which: str) -> list[tuple[Tensor, TensorEdit]]:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        pairs = []
+        for name, entry in self.tensors.items():
+            if name not in parameters:
+                raise HftcoreError(
+                    f"the model has no parameter {name!r}, which this edit changes; is it the model the edit was made on?"
+                )
+            check_fingerprint(name, ops.fingerprint(parameters[name]), entry, which)
+            pairs.append((parameters[name].data, entry))
+        return pairs
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the folder `path`: whole, or not at all. An older Edit there is replaced, anything else refused.
+
+        Raises:
+            HftcoreError: `path` exists and is not an Edit.
+        """
+        stored: dict[str, Tensor] = {}
+        described: dict[str, Any] = {}
+        for name, entry in self.tensors.items():
+            stored[f"{name}.mask"] = entry.mask.contiguous()
+            stored[f"{name}.before"] = entry.before.contiguous()
+            if entry.after is not None:
+                stored[f"{name}.after"] = entry.after.contiguous()
+            described[name] = {
+                "shape": list(entry.shape),
+                "dtype": entry.dtype,
+                "transposed": entry.transposed,
+                "changed": entry.before.numel(),
+                "fingerprint_before": entry.fingerprint_before,
+                "fingerprint_after": entry.fingerprint_after,
+            }
+        config = {"format": FORMAT, "recipe": self.recipe, "tensors": described}
+        with whole_folder(path, replaces=CONFIG) as folder:
+            save_file(stored, folder / TENSORS)
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Edit":
+        """Read a folder that `save` wrote.
+
+        Raises:
+            HftcoreError: no Edit there, an unknown format, or a damaged file, by name.
+        """
+        folder = Path(path)
+        if not (folder / CONFIG).is_file():
+            raise HftcoreError(f"{folder} is not an Edit: it has no {CONFIG}")
+        try:
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if config["format"] != FORMAT:
+                raise HftcoreError(f"{folder / CONFIG} has format {config['format']}, this version reads {FORMAT}")
+            with safe_open(folder / TENSORS, framework="pt") as stored:
+                tensors = {name: _entry(name, facts, stored) for name, facts in config["tensors"].items()}
+            return cls(tensors, config["recipe"])
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
+            raise HftcoreError(f"{folder} is not a readable Edit ({error}); make or copy it again") from error
+
+
+def _entry(name: str, facts: Mapping[str, Any], stored: Any) -> TensorEdit:
+    keys = set(stored.keys())
+    entry = TensorEdit(
+        tuple(facts["shape"]),
+        facts["dtype"],
+        facts["transposed"],
+        stored.get_tensor(f"{name}.mask"),
+        stored.get_tensor(f"{name}.before"),
+        stored.get_tensor(f"{name}.after") if f"{name}.after" in keys else None,
+        facts["fingerprint_before"],
+        facts["fingerprint_after"],
+    )
+    marked = ops.count_mask(entry.mask)
+    if entry.before.shape != (marked,) or (entry.after is not None and entry.after.shape != (marked,)):
+        raise HftcoreError(
+            f"the edit of {name!r} marks {marked} weights but holds {entry.before.numel()} values; copy it again"
+        )
+    return entry
+
+
+def check_fingerprint(name: str, found: str, entry: TensorEdit, which: str) -> None:
+    """Refuse a tensor whose fingerprint is not `entry.<which>`, saying how it differs."""
+    wanted = getattr(entry, which)
+    if found == wanted:
+        return
+    other = "fingerprint_after" if which == "fingerprint_before" else "fingerprint_before"
+    if found == getattr(entry, other):
+        state = "the edit is already applied" if which == "fingerprint_before" else "the edit is not applied"
+        raise FingerprintError(f"{name}: {state}; nothing was changed")
+    raise FingerprintError(
+        f"{name} has fingerprint {found}, the edit needs {wanted}: these are other weights; nothing was changed"
+    )
+
+
+def record(
+    name: str, parameter: Tensor, transposed: bool, masks: Iterator[Tensor], reference: Tensor | None
+) -> TensorEdit:
+    """The entry for a parameter about to be changed under `masks` (one for each of its matrices): to zero or to `reference`."""
+    packed, before, after = [], [], []
+    others = None if reference is None else matrices(reference, transposed)
+    for index, (view, mask) in enumerate(zip(matrices(parameter, transposed), masks, strict=True)):
+        packed.append(mask.cpu())
+        before.append(ops.masked_take(view, mask).cpu())
+        if others is not None:
+            after.append(ops.masked_take(others[index], mask).cpu())
+    return TensorEdit(
+        tuple(parameter.shape),
+        str(parameter.dtype).removeprefix("torch."),
+        transposed,
+        torch.cat(packed),
+        torch.cat(before),
+        torch.cat(after) if after else None,
+        ops.fingerprint(parameter),
+        "",
+    )

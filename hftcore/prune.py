@@ -1,0 +1,261 @@
+"""Prune a model: score, select and remove, layer by layer, into a reversible Edit."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hftcore import ops
+from hftcore.edit import Edit, apply_tensor_, matrices, record, revert_tensor_
+from hftcore.energy import Energy
+from hftcore.errors import HftcoreError, NonFiniteError
+from hftcore.layers import Layer, find_layers
+from hftcore.pattern import Pattern
+from hftcore.selection import Part, find_cut
+from hftcore.sequential import blockwise_energy
+
+Score = Literal["wanda", "magnitude", "random"]
+
+
+def prune(
+    model: nn.Module,
+    energy: Energy | Iterable[Mapping[str, Tensor]],
+    pattern: Pattern,
+    *,
+    reference: nn.Module | None = None,
+    score: Score = "wanda",
+    seed: int = 0,
+    minus: tuple[Energy, Pattern] | None = None,
+    targets: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
+    sequential: bool = False,
+    tokens: Literal["all", "response"] = "all",
+) -> Edit:
+    """Remove the weights a pattern selects, in place, and return the Edit that can undo it.
+
+    Args:
+        model: any nn.Module; changed in place, and left as it was if anything fails.
+        energy: what `calibrate` returned: its layers are the ones pruned. With `sequential`, the calibration batches instead.
+        pattern: how much, compared with what, from which end.
+        reference: a model with the same parameter names: the score is that of the difference to its weights, and removed weights
+            take its values instead of zero.
+        score: "wanda" |w|·norm; "magnitude" |w| alone; "random" a seeded uniform score, the baselines of the papers.
+        seed: of the random score.
+        minus: (energy, pattern) of benign data; weights it selects too are spared (set difference).
+        targets, exclude: restrict the layers, in PEFT's convention (see `calibrate`).
+        sequential: calibrate each block after the blocks before it are pruned: Wanda's own procedure.
+        tokens: with `sequential`, as in `calibrate`.
+
+    Returns:
+        An Edit, on the CPU: one bit for each weight of the pruned layers and the original value of each removed one.
+
+    Raises:
+        HftcoreError: energies that fit no layer, a pattern that fits no shape, NaN or infinity (named by layer and index).
+
+    Source: score and row scope of Sun et al. 2023 (arXiv:2306.11695); `minus` is the set difference of Wei et al. 2024
+    (arXiv:2402.05162), here on Wanda scores; `reference` is this project's own.
+
+    >>> layer = torch.nn.Linear(4, 2, bias=False)
+    >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1]]))
+    >>> edit = prune(layer, Energy({"": torch.ones(4)}), Pattern("50%"))
+    >>> layer.weight.data
+    tensor([[0., 0., 3., 4.],
+            [4., 3., 0., 0.]])
+    """
+    if score not in ("wanda", "magnitude", "random"):
+        raise HftcoreError(f"score must be 'wanda', 'magnitude' or 'random', got {score!r}")
+    edit = Edit(recipe=_recipe(pattern, score, seed, reference, minus, sequential, tokens))
+    others = None if reference is None else dict(reference.named_parameters(remove_duplicate=False))
+    job = _Job(model, edit, pattern, others, score, seed, minus)
+    with torch.no_grad(), job.undone_on_failure():
+        if not sequential:
+            if not isinstance(energy, Energy):
+                raise HftcoreError(
+                    f"energy must be an Energy (from hftcore.calibrate), got {type(energy).__name__}; batches need sequential=True"
+                )
+            job.prune(_layers_of(model, energy, targets, exclude), energy)
+        else:
+            if isinstance(energy, Energy):
+                raise HftcoreError(
+                    "sequential=True calibrates block by block: pass the calibration batches in place of an Energy"
+                )
+            if pattern.scope == "model":
+                raise HftcoreError(
+                    'scope "model" compares all layers at once, sequential=True prunes block by block: choose one'
+                )
+            layers = find_layers(model, "all-linear" if targets is None else targets, exclude)
+            for block, measured in blockwise_energy(model, energy, layers, tokens):
+                job.prune(block, measured)
+    return edit
+
+
+def _recipe(
+    pattern: Pattern,
+    score: str,
+    seed: int,
+    reference: object,
+    minus: tuple[Energy, Pattern] | None,
+    sequential: bool,
+    tokens: str,
+) -> dict[str, Any]:
+    recipe: dict[str, Any] = {"method": "prune", "pattern": str(pattern), "score": score}
+    if score == "random":
+        recipe["seed"] = seed
+    if reference is not None:
+        recipe["reference"] = True
+    if minus is not None:
+        recipe["minus"] = str(minus[1])
+    if sequential:
+        recipe |= {"sequential": True, "tokens": tokens}
+    return recipe
+
+
+def _layers_of(
+    model: nn.Module, energy: Energy, targets: str | list[str] | None, exclude: str | list[str] | None
+) -> list[Layer]:
+    """The layers an energy was measured on, in position order; refuses an energy of another model."""
+    layers = [layer for layer in find_layers(model, list(energy)) if layer.name in energy]
+    missing = set(energy) - {layer.name for layer in layers}
+    if missing or not layers:
+        raise HftcoreError(
+            f"energy has no layer in this model for: {', '.join(sorted(missing)) or 'anything'}; calibrate this model"
+        )
+    if targets is not None or exclude is not None:
+        wanted = {layer.name for layer in find_layers(model, list(energy) if targets is None else targets, exclude)}
+        layers = [layer for layer in layers if layer.name in wanted]
+        if not layers:
+            raise HftcoreError(
+                f"targets {targets!r}, exclude {exclude!r} leave none of the layers that energy was measured on"
+            )
+    return layers
+
+
+class _Job:
+    """One call of `prune`: the choices, and the edit it fills."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        edit: Edit,
+        pattern: Pattern,
+        others: Mapping[str, Tensor] | None,
+        score: Score,
+        seed: int,
+        minus: tuple[Energy, Pattern] | None,
+    ) -> None:
+        self.model, self.edit, self.pattern, self.others = model, edit, pattern, others
+        self.score, self.seed, self.minus = score, seed, minus
+
+    def undone_on_failure(self) -> "_UndoneOnFailure":
+        return _UndoneOnFailure(self)
+
+    def prune(self, layers: list[Layer], energy: Energy) -> None:
+        """Prune the layers, in position order."""
+        masks = self._model_masks(layers, energy) if self.pattern.scope == "model" else None
+        for layer in layers:
+            chosen = (
+                masks[layer.tensor]() if masks is not None else self._masks(layer, energy, self.pattern, self.score)
+            )
+            if self.minus is not None:
+                spared = self._masks(layer, *self.minus, "wanda")
+                chosen = (mask & ~spare for mask, spare in zip(chosen, spared, strict=True))
+            parameter = getattr(layer.module, layer.parameter).data
+            entry = record(layer.tensor, parameter, layer.transposed, chosen, self._other(layer))
+            self.edit.tensors[layer.tensor] = entry
+            apply_tensor_(parameter, entry)
+            self.edit.tensors[layer.tensor] = replace(entry, fingerprint_after=ops.fingerprint(parameter))
+
+    def _other(self, layer: Layer) -> Tensor | None:
+        """The reference's tensor for a layer, on its device."""
+        if self.others is None:
+            return None
+        found = self.others.get(layer.tensor)
+        parameter = getattr(layer.module, layer.parameter)
+        if found is None:
+            raise HftcoreError(
+                f"reference has no parameter {layer.tensor!r}; it must be a model of the same architecture, unwrapped"
+            )
+        if found.shape != parameter.shape or found.dtype != parameter.dtype:
+            raise HftcoreError(
+                f"reference {layer.tensor!r} must be {parameter.dtype} {tuple(parameter.shape)}, got {found.dtype} {tuple(found.shape)}"
+            )
+        return found.data.to(parameter.device)
+
+    def _scored(self, layer: Layer, energy: Energy, score: Score) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """(weight, energy, reference) of each matrix as the selection sees them."""
+        other = self._other(layer)
+        references = [None] if other is None else matrices(other, layer.transposed)
+        for index, (label, weight, expert) in enumerate(layer.matrices()):
+            measured = energy[layer.name] if expert is None else energy[layer.name][expert]
+            reference = references[index] if other is not None else None
+            if score != "wanda":
+                measured = torch.ones_like(measured)
+            if score == "random":
+                weight, reference = _uniform(weight, f"{self.seed}:{label}"), None
+            yield weight, measured, reference
+
+    def _masks(self, layer: Layer, energy: Energy, pattern: Pattern, score: Score) -> Iterator[Tensor]:
+        for weight, measured, reference in self._scored(layer, energy, score):
+            try:
+                yield ops.prune_mask(weight, measured, pattern, reference)
+            except HftcoreError as error:
+                raise type(error)(f"{layer.tensor}: {error}") from None
+
+    def _model_masks(self, layers: list[Layer], energy: Energy) -> dict[str, Callable[[], Iterator[Tensor]]]:
+        """For each tensor, a maker of its masks under the one threshold of the whole model."""
+        makers: list[Callable[[], Part]] = []
+        sizes: list[tuple[int, int]] = []
+        owners: list[str] = []
+        for layer in layers:
+            for index, (_, weight, _) in enumerate(layer.matrices()):
+                makers.append(lambda layer=layer, index=index: self._part(layer, index, energy))
+                sizes.append((weight.shape[0], weight.shape[1]))
+                owners.append(layer.tensor)
+        count, invert = self.pattern.low_count(sum(rows * columns for rows, columns in sizes))
+        try:
+            found = find_cut(makers, sizes, count)
+        except NonFiniteError:
+            for layer in layers:  # the row-wise path names the layer and the index
+                for _ in self._masks(layer, energy, Pattern(0.0), self.score):
+                    pass
+            raise
+
+        def masks(name: str) -> Iterator[Tensor]:
+            for maker, (rows, columns), quota, owner in zip(makers, sizes, found.quotas, owners, strict=True):
+                if owner == name:
+                    part = maker()
+                    device = part.weight.device
+                    mask = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=device)
+                    part.call("cut", found.key, quota.to(device), invert, mask)
+                    yield mask
+
+        return {layer.tensor: lambda name=layer.tensor: masks(name) for layer in layers}
+
+    def _part(self, layer: Layer, index: int, energy: Energy) -> Part:
+        weight, measured, reference = list(self._scored(layer, energy, self.score))[index]
+        return Part(weight, measured.contiguous().sqrt(), reference)
+
+
+class _UndoneOnFailure:
+    """Restores what a job has changed when its block ends by an exception, Ctrl-C included."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None:
+            parameters = dict(self.job.model.named_parameters(remove_duplicate=False))
+            for name, entry in self.job.edit.tensors.items():
+                revert_tensor_(parameters[name].data, entry)
+
+
+def _uniform(like: Tensor, seed: str) -> Tensor:
+    """Scores from a generator seeded by text, the same on every device."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little"))
+    return torch.rand(like.shape, generator=generator).to(like.device)

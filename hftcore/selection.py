@@ -1,0 +1,128 @@
+"""One exact threshold for a comparison group that spans whole matrices: scopes "matrix" and "model".
+
+The threshold key is found by counting keys in windows. A sample proposes the first window; each pass over the weights then counts
+what lies below, inside (by bins) and above, which either confines the wanted key to one bin or says on which side it is. What is
+known is always a bracket [floor, ceiling), it shrinks in every pass, and a bad sample costs one more pass, never exactness.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, sqrt
+
+import torch
+from torch import Tensor
+
+from hftcore.backend import implementation
+from hftcore.errors import NonFiniteError
+from hftcore.kernels.reference import FINITE, keys
+
+SAMPLE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix of the group: [M, N] weight, [N] norm (root of the energy), and the reference of the same shape or None."""
+
+    weight: Tensor
+    norm: Tensor
+    reference: Tensor | None = None
+
+    def call(self, op: str, *args: object) -> Tensor:
+        return implementation(op, self.weight.device)(self.weight, self.norm, self.reference, *args)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The low set: every key below `key`, and of the weights whose key equals it the first `quotas[i][r]` of row r of part i."""
+
+    key: int
+    quotas: list[Tensor]
+
+
+def find_cut(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], count: int) -> Cut:
+    """The cut that holds exactly the `count` lowest weights of all parts, in the order (key, part, row-major index).
+
+    Args:
+        parts: makers of the matrices, in position order; each is called once a pass, so that a part may be made or loaded lazily.
+        sizes: (rows, columns) of each part.
+        count: 0 to the number of weights.
+
+    Raises:
+        NonFiniteError: a score is NaN or infinite.
+    """
+    total = sum(rows * columns for rows, columns in sizes)
+    bins = 1 << min(18, max(8, (total // 64).bit_length()))
+    window = _proposal(parts, sizes, count, total)
+    floor, ceiling = 0, FINITE
+    while True:
+        low, high = window
+        shift = max(0, (high - low - 1).bit_length() - (bins.bit_length() - 1))
+        counts = sum(part().call("score_histogram", low, shift, bins).cpu() for part in parts)
+        counts = counts if isinstance(counts, Tensor) else torch.zeros(bins + 3, dtype=torch.int64)
+        if int(counts[-1]):
+            raise NonFiniteError(
+                f"weight has {int(counts[-1])} scores that are NaN or infinite; repair the weights or calibrate again"
+            )
+        if not 0 < count < total:
+            # nothing or everything: no key is below 0, every finite key is below FINITE
+            return Cut(0 if count == 0 else FINITE, [torch.zeros(rows, dtype=torch.int64) for rows, _ in sizes])
+        below = int(counts[0])
+        reached = below + counts[1:-2].cumsum(0)
+        if count <= below:
+            ceiling = low
+            window = (floor, ceiling)
+        elif count > int(reached[-1]):
+            floor = low + (bins << shift)
+            window = (floor, ceiling)
+        else:
+            place = int(torch.searchsorted(reached, count))
+            start = low + (place << shift)
+            if shift == 0:
+                before = int(reached[place - 1]) if place else below
+                return Cut(start, _quotas(parts, sizes, start, count - before, int(counts[1 + place])))
+            floor, ceiling = start, start + (1 << shift)
+            window = (floor, ceiling)
+
+
+def _proposal(
+    parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], count: int, total: int
+) -> tuple[int, int]:
+    """A window of keys that very likely holds the wanted one: four standard deviations of the sample's order statistic."""
+    step = max(1, total // SAMPLE)
+    offset, drawn = 0, []
+    for part, (rows, columns) in zip(parts, sizes, strict=True):
+        size = rows * columns
+        first = -offset % step
+        offset += size
+        if first < size:
+            at = torch.arange(first, size, step)
+            drawn.append(_sampled_keys(part(), at // columns, at % columns))
+    if not drawn:
+        return 0, FINITE
+    sample = torch.cat(drawn).sort().values
+    share = count / total
+    middle, margin = share * len(sample), 4 * sqrt(share * (1 - share) * len(sample)) + 1
+    first, last = max(0, int(middle - margin)), min(len(sample) - 1, ceil(middle + margin))
+    low, high = int(sample[first]), int(sample[last]) + 1
+    return min(low, FINITE - 1), max(1, min(high, FINITE))
+
+
+def _sampled_keys(part: Part, rows: Tensor, columns: Tensor) -> Tensor:
+    rows, columns = rows.to(part.weight.device), columns.to(part.weight.device)
+    reference = None if part.reference is None else part.reference[rows, columns]
+    return (keys(part.weight[rows, columns], part.norm[columns], reference) & 0x7FFFFFFF).cpu()
+
+
+def _quotas(
+    parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], key: int, need: int, ties: int
+) -> list[Tensor]:
+    """How many ties of each row belong to the low set: the first `need` of all `ties`, in position order."""
+    if need == ties:
+        return [torch.full((rows,), columns, dtype=torch.int64) for rows, columns in sizes]
+    quotas = []
+    for part in parts:
+        counts = part().call("tie_counts", key).cpu()
+        before = counts.cumsum(0) - counts
+        quotas.append((need - before).clamp(min=0).minimum(counts))
+        need -= int(counts.sum())
+    return quotas

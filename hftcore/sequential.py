@@ -1,0 +1,107 @@
+"""Energies block by block, each block fed by the blocks before it as they are by then: Wanda's own procedure."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from hftcore.calibrate import Batch, Progress, check_counts, evaluating, prepared, runs_without_head
+from hftcore.capture import Meter
+from hftcore.energy import Energy
+from hftcore.errors import HftcoreError
+from hftcore.layers import Layer, blocks
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def blockwise_energy(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    layers: Sequence[Layer],
+    tokens: str = "all",
+    progress: Progress | None = None,
+) -> Iterator[tuple[list[Layer], Energy]]:
+    """Yield (layers of a block, their energies) block by block; what is done to a block before the next step is seen by the next one.
+
+    One pass over the whole model notes how each block is called. After that every block runs twice on noted arguments, once to measure
+    and once, as the consumer left it, to make the next block's inputs. The inputs of one block for all batches are held in memory.
+
+    Args:
+        model, batches, tokens: as in `calibrate`.
+        layers: what to measure (`find_layers`); all must lie inside the blocks. Blocks without a layer are only passed through.
+
+    Raises:
+        HftcoreError: a layer outside the blocks; no token to count; and what `capture_energy` raises.
+
+    Source: Sun et al. 2023 (arXiv:2306.11695), `prune_wanda` of their code. Different: calls are noted for each block and not for the
+    first one only, since blocks of one model may take different masks and rotary tables; padding is told apart.
+    """
+    members = blocks(model)
+    homes = [
+        [layer for layer in layers if layer.module in inside] for inside in (set(block.modules()) for block in members)
+    ]
+    placed = {layer.tensor for home in homes for layer in home}
+    if outside := [layer.name for layer in layers if layer.tensor not in placed]:
+        raise HftcoreError(
+            f"layers outside the model's blocks cannot be calibrated block by block, exclude them: {', '.join(outside[:5])}"
+        )
+    last = max(index for index, home in enumerate(homes) if home)
+    with evaluating(model):
+        inputs, calls, hidden = _note_calls(runs_without_head(model, layers), members, batches, progress)
+        for index, (block, home) in enumerate(zip(members, homes, strict=True)):
+            if index > last:
+                return
+            if home:
+                yield home, _measure(model, block, Meter(home, tokens), inputs, calls[index], hidden)
+            for number, x in enumerate(hidden) if index < last else ():
+                hidden[number] = _run(block, calls[index][number], x)
+
+
+def _measure(
+    model: nn.Module, block: nn.Module, meter: Meter, inputs: list[Batch], calls: list[Call], hidden: list[Tensor]
+) -> Energy:
+    with meter.hooked(model):
+        for batch, call, x in zip(inputs, calls, hidden, strict=True):
+            meter.begin(batch)
+            _run(block, call, x)
+            meter.end()
+    meter.finish()
+    check_counts(meter.energy, meter.tokens)
+    return meter.energy
+
+
+def _run(block: nn.Module, call: Call, x: Tensor) -> Tensor:
+    args, kwargs = call
+    output = block(x, *args, **kwargs)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _note_calls(
+    runner: nn.Module, members: list[nn.Module], batches: Iterable[Batch], progress: Progress | None
+) -> tuple[list[Batch], list[list[Call]], list[Tensor]]:
+    """Batches, the arguments beside the hidden states for each block and batch, and the first block's hidden states."""
+    inputs: list[Batch] = []
+    calls: list[list[Call]] = [[] for _ in members]
+    hidden: list[Tensor] = []
+
+    def note(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+        calls[index].append((rest, {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+        if index == 0:
+            hidden.append(first)
+
+    with ExitStack() as stack:
+        for index, block in enumerate(members):
+            stack.callback(block.register_forward_pre_hook(partial(note, index), with_kwargs=True).remove)
+        for batch, arguments in prepared(runner, batches, progress):
+            inputs.append({key: value for key, value in batch.items() if isinstance(value, Tensor)})
+            runner(**arguments)
+    if not inputs:
+        raise HftcoreError("batches must hold at least one batch, got none")
+    if any(len(notes) != len(inputs) for notes in calls):
+        raise HftcoreError(
+            "every block must run once for each batch; this model skips or repeats blocks, use sequential=False"
+        )
+    return inputs, calls, hidden

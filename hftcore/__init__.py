@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING
 
 from hftcore import ops
 from hftcore.backend import use_backend
+from hftcore.calibrate import calibrate
+from hftcore.capture import capture_energy
+from hftcore.defenses.antidote import antidote
 from hftcore.edit import Edit
 from hftcore.energy import Energy
 from hftcore.errors import FingerprintError, HftcoreError, NonFiniteError
 from hftcore.pattern import Pattern
+from hftcore.pruning import prune
 
 if TYPE_CHECKING:
     from hftcore import bindings

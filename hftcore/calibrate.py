@@ -29,11 +29,12 @@ def calibrate(
 ) -> Energy:
     """Energies of the model's layers over all batches.
 
-    The model runs in evaluation mode without gradients, loss head or cache, and is left as it was. Beside the model and one batch this
-    needs memory for the energies only.
+    The model runs in evaluation mode without gradients, loss head or cache, and is left as it was. Beside the model
+    and one batch this needs memory for the energies only.
 
     Args:
-        batches: any iterable of dicts of tensors that the model's forward takes. Tokens with `attention_mask` 0 never count.
+        batches: any iterable of dicts of tensors that the model's forward takes. Tokens with `attention_mask` 0 never
+            count.
         targets, exclude: which layers, see `find_layers`.
         tokens: "all", or "response" to count only positions whose label is not -100.
         average: "sum", or "sample-norm" (see `capture_energy`).
@@ -45,8 +46,8 @@ def calibrate(
 
     Warns when an expert saw no token: its energy is zero, so nothing is known about its weights.
 
-    Source: Sun et al. 2023 (arXiv:2306.11695), and Huang et al. 2024 (arXiv:2408.09600) for the pass over the dense model; both feed
-    the layers one after the other, which gives the same numbers when nothing is pruned on the way.
+    Source: Sun et al. 2023 (arXiv:2306.11695), and Huang et al. 2024 (arXiv:2408.09600) for the pass over the dense
+    model; both feed the layers one after the other, which gives the same numbers when nothing is pruned on the way.
 
     >>> calibrate(nn.Linear(2, 1), [{"input": torch.tensor([[3.0, 1.0], [4.0, 1.0]])}])[""]
     tensor([25.,  2.])

@@ -27,20 +27,22 @@ def capture_energy(
 ) -> Iterator[Energy]:
     """Yield an Energy that grows with every forward pass of `model` until the block ends.
 
-    The model computes what it computed before (fused experts are run one by one, equal up to rounding), and every hook is gone at the
-    end, also after an exception. What counts is what layers see inside a forward pass of `model` or of its body that succeeds: a pass
-    that fails adds nothing, and blocks that gradient checkpointing runs again in the backward pass are not counted twice.
+    The model computes what it computed before (fused experts are run one by one, equal up to rounding), and every
+    hook is gone at the end, also after an exception. What counts is what layers see inside a forward pass of `model`
+    or of its body that succeeds: a pass that fails adds nothing, and blocks that gradient checkpointing runs again in
+    the backward pass are not counted twice.
 
     Args:
         targets, exclude: which layers, see `find_layers`.
-        tokens: "all" counts every token that `attention_mask` does not mark as padding; "response" counts of these the positions
-            whose label is not -100 (Wei et al. 2024), so each forward pass must be given `labels`.
-        average: "sum", the sum over all counted tokens (as Wanda's and Antidote's code ranks); or "sample-norm", the square of the
-            mean over samples of each sample's own norm (eq. 1 of Antidote as printed), final only when the block ends.
+        tokens: "all" counts every token that `attention_mask` does not mark as padding; "response" counts of these
+            the positions whose label is not -100 (Wei et al. 2024), so each forward pass must be given `labels`.
+        average: "sum", the sum over all counted tokens (as Wanda's and Antidote's code ranks); or "sample-norm", the
+            square of the mean over samples of each sample's own norm (eq. 1 of Antidote as printed), final only when
+            the block ends.
 
     Raises:
-        HftcoreError: nothing matches; a layer is quantised; a layer sees other tokens than the mask speaks of while some are masked;
-            layers were called by hand, outside a forward pass of the model.
+        HftcoreError: nothing matches; a layer is quantised; a layer sees other tokens than the mask speaks of while
+            some are masked; layers were called by hand, outside a forward pass of the model.
         NonFiniteError: a layer's input holds NaN or infinity, or its energy overflows float32.
 
     Source: the statistic of Sun et al. 2023 (arXiv:2306.11695), summed and not averaged, so that runs can be merged.

@@ -16,7 +16,8 @@ FORMAT = "hftcore-energy-1"
 
 
 class Energy(Mapping[str, Tensor]):
-    """Layer name -> sum over counted tokens of the squared inputs, [N] float32 (fused experts: parameter name -> [E, N]).
+    """Layer name -> sum over counted tokens of the squared inputs, [N] float32 (fused experts: parameter name -> [E,
+    N]).
 
     Sums, not means: the energy of two data sets is the sum of theirs, so shards and ranks merge by `a + b`.
 
@@ -25,7 +26,8 @@ class Energy(Mapping[str, Tensor]):
         tokens: how many tokens were counted.
         samples: how many samples had a counted token.
         expert_tokens: parameter name of fused experts -> [E] int64, tokens routed to each expert.
-        average: "sum", or "sample-norm" when a value is the square of the mean of per-sample norms (see `capture_energy`).
+        average: "sum", or "sample-norm" when a value is the square of the mean of per-sample norms (see
+            `capture_energy`).
 
     Raises:
         HftcoreError: a value that is neither a vector nor a matrix.

@@ -1,14 +1,15 @@
 """Find the layers of a model that can be scored and pruned.
 
-A model of plain `nn.Linear`s needs nothing else. What another library's classes mean is told by an adapter, a module imported when a
-class of that library is met in the model. An adapter has four functions:
+A model of plain `nn.Linear`s needs nothing else. What another library's classes mean is told by an adapter, a module
+imported when a class of that library is met in the model. An adapter has four functions:
 
 - `linear_like(module) -> (parameter, transposed) | None`: a module that is a linear layer without being an `nn.Linear`;
-- `fused_experts(model) -> [(module name, module, {parameter: transposed})]`: modules with 3-D expert weights; `transposed` None says
-  that their layout is not known, and such layers are refused;
-- `body(model) -> module`: the part to run when no loss and no logits are wanted (the model itself if there is no such part);
-- `capture_experts(layers, observe)`: a context manager that calls `observe(layer, expert, x [t, N], tokens [t])` for the inputs of
-  each expert, `tokens` being row numbers of the flattened batch.
+- `fused_experts(model) -> [(module name, module, {parameter: transposed})]`: modules with 3-D expert weights;
+  `transposed` None says that their layout is not known, and such layers are refused;
+- `body(model) -> module`: the part to run when no loss and no logits are wanted (the model itself if there is no such
+  part);
+- `capture_experts(layers, observe)`: a context manager that calls `observe(layer, expert, x [t, N], tokens [t])` for
+  the inputs of each expert, `tokens` being row numbers of the flattened batch.
 """
 
 import importlib
@@ -40,8 +41,8 @@ Targets = str | Sequence[str]
 class Layer:
     """One weight that multiplies an input: an `nn.Linear`, a Conv1D, a LoRA factor, or one parameter of fused experts.
 
-    `name` keys its energy (module name, or parameter name for fused experts), `tensor` is the parameter's name in the model, `twins`
-    are other modules that use the very same parameter.
+    `name` keys its energy (module name, or parameter name for fused experts), `tensor` is the parameter's name in the
+    model, `twins` are other modules that use the very same parameter.
     """
 
     name: str
@@ -74,9 +75,10 @@ def find_layers(model: nn.Module, targets: Targets = "all-linear", exclude: Targ
     """The layers that `targets` names, sorted by tensor name; a tied weight comes once.
 
     Args:
-        targets: a string is a regular expression that must match the whole module name (PEFT's `base_layer` left out), a list holds
-            names or ends of names ("mlp.up_proj"), "all-linear" is every linear layer and fused expert but the output head, routers
-            and LoRA factors, "lora" is the A and B factors. Fused experts are also matched by parameter name.
+        targets: a string is a regular expression that must match the whole module name (PEFT's `base_layer` left
+            out), a list holds names or ends of names ("mlp.up_proj"), "all-linear" is every linear layer and fused
+            expert but the output head, routers and LoRA factors, "lora" is the A and B factors. Fused experts are
+            also matched by parameter name.
         exclude: what to leave out, as a string or a list in the same sense.
 
     Raises:

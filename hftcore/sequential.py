@@ -23,20 +23,24 @@ def blockwise_energy(
     tokens: str = "all",
     progress: Progress | None = None,
 ) -> Iterator[tuple[list[Layer], Energy]]:
-    """Yield (layers of a block, their energies) block by block; what is done to a block before the next step is seen by the next one.
+    """Yield (layers of a block, their energies) block by block; what is done to a block before the next step is seen
+    by the next one.
 
-    One pass over the whole model notes how each block is called. After that every block runs twice on noted arguments, once to measure
-    and once, as the consumer left it, to make the next block's inputs. The inputs of one block for all batches are held in memory.
+    One pass over the whole model notes how each block is called. After that every block runs twice on noted
+    arguments, once to measure and once, as the consumer left it, to make the next block's inputs. The inputs of one
+    block for all batches are held in memory.
 
     Args:
         model, batches, tokens: as in `calibrate`.
-        layers: what to measure (`find_layers`); all must lie inside the blocks. Blocks without a layer are only passed through.
+        layers: what to measure (`find_layers`); all must lie inside the blocks. Blocks without a layer are only
+            passed through.
 
     Raises:
         HftcoreError: a layer outside the blocks; no token to count; and what `capture_energy` raises.
 
-    Source: Sun et al. 2023 (arXiv:2306.11695), `prune_wanda` of their code. Different: calls are noted for each block and not for the
-    first one only, since blocks of one model may take different masks and rotary tables; padding is told apart.
+    Source: Sun et al. 2023 (arXiv:2306.11695), `prune_wanda` of their code. Different: calls are noted for each block
+    and not for the first one only, since blocks of one model may take different masks and rotary tables; padding is
+    told apart.
     """
     members = blocks(model)
     homes = [

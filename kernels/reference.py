@@ -79,9 +79,7 @@ def tie_counts(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int)
     return (keys(weight, norm, reference) == key).sum(dim=1)
 
 
-def cut_mask(
-    weight: Tensor, norm: Tensor, reference: Tensor | None, key: int, quota: Tensor, invert: bool
-) -> Tensor:
+def cut_mask(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int, quota: Tensor, invert: bool) -> Tensor:
     """[M, N] bool: removed weights for one threshold key and a quota of its ties in each row."""
     every = keys(weight, norm, reference)
     tie = every == key

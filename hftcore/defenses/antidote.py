@@ -17,7 +17,7 @@ from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
 from hftcore.layers import find_layers
 from hftcore.pattern import Pattern, Remove, Scope
-from hftcore.prune import Score, prune
+from hftcore.pruning import Score, prune
 
 
 def antidote(

@@ -1,0 +1,132 @@
+"""Edit: applied, reverted, saved and loaded bit for bit; refused where it does not belong; whole or absent on disk."""
+
+import json
+import os
+
+import pytest
+import torch
+from test_prune import Net, measured, same, state
+
+import hftcore
+from hftcore import Edit, FingerprintError, Pattern
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def model(request):
+    made = Net().to(request.param)
+    made.first.weight.data[0, :2] = torch.tensor([-0.0, 1e-7])  # bits that a careless restore would lose
+    return made
+
+
+def bits(model):
+    return {
+        name: value.view(torch.int16 if value.element_size() == 2 else torch.int32).clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize(
+    "pattern", [Pattern("50%"), Pattern("30%", scope="model", remove="highest"), Pattern(1.0), Pattern(0.0)], ids=str
+)
+def test_revert_restores_every_bit_and_apply_makes_the_change_again(model, pattern):
+    before = bits(model)
+    edit = hftcore.prune(model, measured(model), pattern)
+    after = bits(model)
+    edit.revert(model)
+    assert same(bits(model), before)
+    edit.apply(model)
+    assert same(bits(model), after)
+
+
+def test_an_edit_survives_the_disk(model, tmp_path):
+    before = bits(model)
+    edit = hftcore.prune(model, measured(model), Pattern("30%"), reference=Net().to(model.first.weight.dtype))
+    after = bits(model)
+    edit.save(tmp_path / "edit")
+    assert sorted(os.listdir(tmp_path / "edit")) == ["edit.safetensors", "edit_config.json"]
+    loaded = Edit.load(tmp_path / "edit")
+    assert loaded.recipe == edit.recipe
+    assert repr(loaded) == repr(edit)
+    loaded.revert(model)
+    assert same(bits(model), before)
+    loaded.apply(model)
+    assert same(bits(model), after)
+
+
+def test_other_weights_are_refused_and_left_alone():
+    model = Net()
+    edit = hftcore.prune(model, measured(model), Pattern("50%"))
+    other = Net()
+    before = state(other)
+    with pytest.raises(FingerprintError, match="other weights"):
+        edit.apply(other)
+    assert same(state(other), before)
+    with pytest.raises(FingerprintError, match="already applied"):
+        edit.apply(model)
+    edit.revert(model)
+    with pytest.raises(FingerprintError, match="not applied"):
+        edit.revert(model)
+    with pytest.raises(hftcore.HftcoreError, match="no parameter 'first"):
+        edit.apply(torch.nn.Linear(2, 2))
+
+
+def test_one_changed_weight_anywhere_is_noticed():
+    model = Net()
+    edit = hftcore.prune(model, measured(model), Pattern("50%"))
+    model.second.weight.data[4, 5] += 1
+    before = state(model)
+    with pytest.raises(FingerprintError):
+        edit.revert(model)
+    assert same(state(model), before)
+
+
+def test_saving_replaces_an_edit_and_nothing_else(tmp_path):
+    model = Net()
+    edit = hftcore.prune(model, measured(model), Pattern("50%"))
+    edit.save(tmp_path / "edit")
+    edit.save(tmp_path / "edit")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(hftcore.HftcoreError, match="exists already"):
+        edit.save(tmp_path / "mine")
+    assert sorted(os.listdir(tmp_path)) == ["edit", "mine"]
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "interrupt"]
+)
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failed_save_leaves_nothing_or_the_old_edit(tmp_path, monkeypatch, failure, existing):
+    model = Net()
+    edit = hftcore.prune(model, measured(model), Pattern("50%"))
+    if existing:
+        edit.save(tmp_path / "edit")
+
+    def failing(tensors, path):
+        path.write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr("hftcore.edit.save_file", failing)
+    with pytest.raises(type(failure)):
+        edit.save(tmp_path / "edit")
+    assert os.listdir(tmp_path) == (["edit"] if existing else [])
+    if existing:
+        Edit.load(tmp_path / "edit").revert(model)
+
+
+def test_damaged_edits_are_refused_by_name(tmp_path):
+    model = Net()
+    hftcore.prune(model, measured(model), Pattern("50%")).save(tmp_path / "edit")
+    with pytest.raises(hftcore.HftcoreError, match="is not an Edit"):
+        Edit.load(tmp_path)
+    stored = tmp_path / "edit" / "edit.safetensors"
+    stored.write_bytes(stored.read_bytes()[:-7])
+    with pytest.raises(hftcore.HftcoreError, match="not a readable Edit"):
+        Edit.load(tmp_path / "edit")
+    config = tmp_path / "edit" / "edit_config.json"
+    config.write_text(json.dumps({"format": 99}))
+    with pytest.raises(hftcore.HftcoreError, match="format 99"):
+        Edit.load(tmp_path / "edit")
+    config.write_text("{")
+    with pytest.raises(hftcore.HftcoreError, match="not a readable Edit"):
+        Edit.load(tmp_path / "edit")

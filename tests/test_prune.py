@@ -1,0 +1,220 @@
+"""prune and antidote on plain and tiny HF models: masks against a sort, scopes, baselines, failure leaves no trace."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import hftcore
+from hftcore import Energy, Pattern, ops
+
+
+class Net(nn.Module):
+    """Two linear layers of different sizes, in an order that is not that of their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Linear(6, 5)
+        self.first = nn.Linear(8, 6, bias=False)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def measured(model):
+    draw = torch.Generator().manual_seed(7)
+    return Energy(
+        {
+            name: torch.rand(layer.in_features, generator=draw)
+            for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear)
+        }
+    )
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("remove", ["lowest", "highest"])
+def test_model_scope_orders_by_score_then_tensor_name_then_position(remove):
+    model = Net()
+    for parameter in model.parameters():
+        parameter.data = torch.randint(-2, 3, parameter.shape).float()  # many ties
+    energy = Energy({"first": torch.ones(8), "second": torch.ones(6)})
+    pattern = Pattern("40%", scope="model", remove=remove)
+    entries = sorted(
+        (abs(float(value)), name, index)
+        for name in ("first", "second")
+        for index, value in enumerate(getattr(model, name).weight.data.flatten())
+    )
+    removed = pattern.removed(len(entries))
+    doomed = {
+        (name, index)
+        for _, name, index in (entries[:removed] if remove == "lowest" else entries[len(entries) - removed :])
+    }
+    edit = hftcore.prune(model, energy, pattern)
+    for name in ("first", "second"):
+        layer = getattr(model, name)
+        mask = ops.unpack_mask(edit.tensors[f"{name}.weight"].mask, layer.in_features).flatten()
+        assert mask.tolist() == [(name, index) in doomed for index in range(mask.numel())]
+        assert not layer.weight.data.flatten()[mask].any()
+
+
+def test_each_row_of_each_layer_is_pruned_by_its_own_energy():
+    model = Net()
+    energy = measured(model)
+    before = state(model)
+    edit = hftcore.prune(model, energy, Pattern("50%"))
+    for name in ("first", "second"):
+        weight = before[f"{name}.weight"]
+        order = (weight.abs() * energy[name].sqrt()).sort(dim=1, stable=True).indices[:, : weight.shape[1] // 2]
+        assert torch.equal(model.state_dict()[f"{name}.weight"], weight.scatter(1, order, 0.0))
+    assert torch.equal(model.second.bias.data, before["second.bias"])
+    assert edit.removed == 6 * 4 + 5 * 3
+
+
+def test_magnitude_ignores_the_energy_and_random_ignores_the_weights():
+    model = Net()
+    twin = copy.deepcopy(model)
+    hftcore.prune(model, measured(model), Pattern("50%"), score="magnitude")
+    hftcore.prune(twin, Energy({"first": torch.ones(8), "second": torch.ones(6)}), Pattern("50%"))
+    assert same(state(model), state(twin))
+    masks = []
+    for seed in (3, 3, 4):
+        twin = Net()
+        masks.append(
+            hftcore.prune(twin, measured(twin), Pattern("50%", scope="matrix"), score="random", seed=seed)
+            .tensors["first.weight"]
+            .mask
+        )
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_set_difference_spares_what_benign_data_also_selects():
+    model = Net()
+    harmful, benign = measured(model), Energy({"first": torch.arange(8.0), "second": torch.arange(6.0)})
+    top = Pattern("50%", remove="highest")
+    wanted = {}
+    for name in ("first", "second"):
+        weight = getattr(model, name).weight.data
+        wanted[name] = ops.unpack_mask(ops.prune_mask(weight, harmful[name], top), weight.shape[1]) & ~ops.unpack_mask(
+            ops.prune_mask(weight, benign[name], Pattern("25%", remove="highest")), weight.shape[1]
+        )
+    edit = hftcore.prune(model, harmful, top, minus=(benign, Pattern("25%", remove="highest")))
+    for name, mask in wanted.items():
+        assert torch.equal(ops.unpack_mask(edit.tensors[f"{name}.weight"].mask, mask.shape[1]), mask)
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix", "model"])
+def test_removed_weights_take_the_aligned_value(scope):
+    aligned, model = Net(), Net()
+    energy = measured(model)
+    before = state(model)
+    edit = hftcore.prune(model, energy, Pattern("30%", scope=scope, remove="highest"), reference=aligned)
+    for name in ("first", "second"):
+        weight = f"{name}.weight"
+        mask = ops.unpack_mask(edit.tensors[weight].mask, before[weight].shape[1])
+        assert mask.any()
+        assert torch.equal(state(model)[weight], torch.where(mask, aligned.state_dict()[weight], before[weight]))
+    edit.revert(model)
+    assert same(state(model), before)
+    edit.apply(model)
+
+
+def test_removing_all_differences_gives_the_aligned_weights_back():
+    aligned, model = Net(), Net()
+    hftcore.prune(model, measured(model), Pattern(1.0), reference=aligned)
+    assert torch.equal(model.first.weight, aligned.first.weight)
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix", "model"])
+def test_a_bad_layer_undoes_the_layers_before_it(scope):
+    model = Net()
+    model.second.weight.data[3, 2] = float("nan")
+    before = state(model)
+    with pytest.raises(hftcore.NonFiniteError, match=r"second\.weight: weight\[3, 2\]"):
+        hftcore.prune(model, measured(model), Pattern("50%", scope=scope))
+    assert torch.equal(model.first.weight.data, before["first.weight"])
+    assert torch.equal(model.second.weight.data.view(torch.int32), before["second.weight"].view(torch.int32))
+
+
+def test_an_interrupt_half_way_undoes_what_was_done(monkeypatch):
+    from hftcore import pruning
+
+    model = Net()
+    before = state(model)
+    plain = pruning.apply_tensor_
+
+    def interrupted(tensor, entry):
+        plain(tensor, entry)
+        if entry.shape == (5, 6):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("hftcore.pruning.apply_tensor_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hftcore.prune(model, measured(model), Pattern("50%"))
+    assert same(state(model), before)
+
+
+def test_an_energy_of_another_model_is_refused():
+    model = Net()
+    with pytest.raises(hftcore.HftcoreError, match="third"):
+        hftcore.prune(model, Energy({"first": torch.ones(8), "third": torch.ones(8)}), Pattern("50%"))
+    with pytest.raises(hftcore.HftcoreError, match=r"second\.weight: energy must be .*\(6,\)"):
+        hftcore.prune(model, Energy({"first": torch.ones(8), "second": torch.ones(7)}), Pattern("50%"))
+    with pytest.raises(hftcore.HftcoreError, match="must be an Energy"):
+        hftcore.prune(model, [{"x": torch.ones(2)}], Pattern("50%"))
+
+
+def test_a_reference_of_another_shape_is_refused_before_anything_changes():
+    model, other = Net(), Net()
+    other.second = nn.Linear(7, 5)
+    before = state(model)
+    with pytest.raises(hftcore.HftcoreError, match=r"reference 'second\.weight' must be"):
+        hftcore.prune(model, measured(model), Pattern("50%"), reference=other)
+    assert same(state(model), before)
+
+
+def test_antidote_warns_on_full_weights_and_not_on_the_reference_form():
+    with pytest.warns(UserWarning, match="one weight a row"):
+        hftcore.antidote(Net(), measured(Net()), 0.1)
+    edit = hftcore.antidote(Net(), measured(Net()), 0.1, reference=Net())
+    assert edit.recipe["dense_ratio"] == 0.1
+
+
+def test_antidote_removes_what_the_published_procedure_removes():
+    """An independent loop: running mean over samples of the summed squares, stable sort, the top of each row."""
+    model = Net()
+    samples = [torch.randn(length, 8) for length in (3, 7, 5)]
+    statistic = torch.zeros(8, dtype=torch.float64)
+    for n, x in enumerate(samples):
+        statistic = statistic * (n / (n + 1)) + x.double().square().sum(0) / (n + 1)
+    metric = model.first.weight.data.abs().double() * statistic.sqrt()
+    mask = torch.ones_like(metric)
+    indices = torch.sort(metric, dim=-1, stable=True).indices[:, : int(8 * (1 - 0.3))]
+    mask.scatter_(1, indices, 0)
+    with hftcore.capture_energy(model, targets=["first"]) as energy:
+        for x in samples:
+            model(x)
+    before = model.first.weight.data.clone()
+    with pytest.warns(UserWarning, match="full or merged"):
+        hftcore.antidote(model, energy, dense_ratio=0.3)
+    assert torch.equal(model.first.weight.data, before * (1 - mask))
+
+
+def test_antidote_calibrates_on_batches_by_itself():
+    model = Net()
+    batches = [{"x": torch.randn(4, 8)} for _ in range(3)]
+    twin = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="full or merged"):
+        edit = hftcore.antidote(model, iter(batches), dense_ratio=0.2)
+    hftcore.prune(twin, hftcore.calibrate(twin, batches), Pattern(0.2, remove="highest"))
+    assert same(state(model), state(twin))
+    edit.revert(model)

@@ -1,0 +1,122 @@
+"""What this machine can run, what is missing, and what to do about it."""
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from hftcore.backend import BACKENDS, backend_for, why_not
+from hftcore.errors import HftcoreError
+
+PACKAGES = {
+    "hftcore": None,
+    "torch": None,
+    "triton": "pip install triton: the GPU kernels (Linux)",
+    "numpy": None,
+    "safetensors": None,
+    "transformers": "pip install transformers: models",
+    "accelerate": "pip install accelerate: training and GGUF files",
+    "huggingface_hub": None,
+    "typer": None,
+    "peft": 'pip install "hftcore[peft]": LoRA adapters',
+    "gguf": 'pip install "hftcore[gguf]": the embedded model of the demo',
+    "matplotlib": 'pip install "hftcore[plots]": plots',
+}
+
+
+def examine() -> dict[str, Any]:
+    """Facts about this machine, as JSON values.
+
+    Returns:
+        `python`, `platform`; `packages` name -> version or None; `devices` a list; `backends` name -> {device -> None,
+        or why it does not serve that device}; `chosen` device -> backend; `simd` the native backend's instruction set or
+        None; `backend_variable`; `embedded_model` whether the demo's model is here; `advice` a list of sentences.
+
+    >>> sorted(examine()["backends"])
+    ['native', 'torch', 'triton']
+    """
+    devices = _devices()
+    kinds = list(dict.fromkeys(device["kind"] for device in devices))
+    packages = {name: _version(name) for name in PACKAGES}
+    chosen, problems = {}, []
+    for kind in kinds:
+        try:
+            chosen[kind] = backend_for(kind)
+        except HftcoreError as error:
+            chosen[kind] = None
+            problems.append(str(error))
+    embedded = _embedded()
+    advice = [remedy for name, remedy in PACKAGES.items() if packages[name] is None and remedy]
+    if not embedded["present"]:
+        advice.append(f"{embedded['remedy']}: the embedded model of the demo")
+    if (reason := why_not("native", "cpu")) is not None:
+        advice.append(f"install a C++ compiler, then hftcore again: the native CPU kernels are missing ({reason})")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "devices": devices,
+        "backends": {name: {kind: why_not(name, kind) for kind in kinds} for name in BACKENDS},
+        "chosen": chosen,
+        "simd": _simd(),
+        "backend_variable": os.environ.get("HFTCORE_BACKEND") or None,
+        "embedded_model": embedded["present"],
+        "advice": problems + advice,
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text for people."""
+    lines = [f"Python {report['python']} on {report['platform']}", "", "Devices"]
+    for device in report["devices"]:
+        facts = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("kind", "name"))
+        lines.append(
+            f"  {device['kind']}: {device['name']} ({facts}); backend {report['chosen'][device['kind']] or 'none'}"
+        )
+    lines += ["", "Backends"]
+    for name, reasons in report["backends"].items():
+        for kind, reason in reasons.items():
+            lines.append(f"  {name} on {kind}: {'available' if reason is None else f'no: {reason}'}")
+    lines.append(f"  instruction set of the native backend: {report['simd'] or 'none'}")
+    if report["backend_variable"]:
+        lines.append(f"  HFTCORE_BACKEND={report['backend_variable']}")
+    lines += ["", "Packages"]
+    lines += [f"  {name} {version or '(not installed)'}" for name, version in report["packages"].items()]
+    lines += ["", f"Embedded model: {'present' if report['embedded_model'] else 'not installed'}", ""]
+    if not report["advice"]:
+        return "\n".join([*lines, "Nothing is missing."])
+    return "\n".join([*lines, "What to do", *(f"  {sentence}" for sentence in report["advice"])])
+
+
+def _devices() -> list[dict[str, Any]]:
+    devices: list[dict[str, Any]] = [
+        {"kind": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    ]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        facts = torch.cuda.get_device_properties(index)
+        memory = f"{facts.total_memory / 2**30:.0f} GiB"
+        devices.append({"kind": "cuda", "name": facts.name, "index": index, "memory": memory})
+    return devices
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _simd() -> str | None:
+    if why_not("native", "cpu") is not None:
+        return None
+    from hftcore.kernels import native
+
+    return native.simd()
+
+
+def _embedded() -> dict[str, Any]:
+    from hftcore.bindings import embedded
+
+    return {"present": embedded.is_available(), "remedy": embedded.INSTALL}

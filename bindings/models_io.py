@@ -1,0 +1,186 @@
+"""Models and adapters: from a folder or the hub into memory, and back to a folder."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hftcore.bindings.output import check_output
+from hftcore.errors import HftcoreError
+from hftcore.files import whole_folder
+
+ADAPTER = "adapter_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# no pickles and no code
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_OTHER = ["original/*", "consolidated*", "onnx/*"]
+
+
+def load_model(
+    path: str | Path, device: str | None = None, dtype: str = "auto", base: str | None = None
+) -> tuple[Any, Any]:
+    """A causal model, in eval mode, and its tokenizer.
+
+    Args:
+        path: a checkpoint folder, a PEFT adapter folder (its base model is loaded too), or a hub id of either.
+        device: "cpu", "cuda", "cuda:1", …; None takes the first GPU if there is one.
+        dtype: "auto" for that of the files, "float32", "bfloat16" or "float16".
+        base: for an adapter, the folder or hub id of its base model, in place of the one its config names.
+
+    Returns:
+        (model, tokenizer): a `PreTrainedModel`, or a `PeftModel` for an adapter, whose weights are not merged.
+
+    Raises:
+        HftcoreError: no such folder or hub model, no tokenizer, a damaged checkpoint, an unknown device or dtype, or
+            peft is missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise HftcoreError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    place = _device(device)
+    _quiet()
+    folder = find_folder(path)
+    adapter = (folder / ADAPTER).is_file()
+    if base is not None and not adapter:
+        raise HftcoreError(f"base is for adapter folders; {path} has no {ADAPTER}: leave base out")
+    body = find_folder(base or _named_base(folder), "base model") if adapter else folder
+    tokenizer = _load_tokenizer([folder, body])
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(body, dtype=kind, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise HftcoreError(f"cannot load a causal model from {body}: {_brief(error)}") from error
+    if adapter:
+        model = _with_adapter(model, folder)
+    return model.to(place).eval(), tokenizer
+
+
+def save_model(
+    model: Any, tokenizer: Any, out: str | Path, sources: tuple[str | Path, ...] = (), edit: Any = None
+) -> Path:
+    """Write a model or adapter, its tokenizer and, in `edit/`, the Edit that led to it. `out` is complete or absent.
+
+    Args:
+        model: a `PreTrainedModel`, or a `PeftModel`, of which only the adapter is written.
+        tokenizer: written beside it; None for none.
+        out: the folder to make; it must not exist, or be empty.
+        sources: folders `out` must not lie in.
+        edit: an `hftcore.Edit`, or None.
+
+    Returns:
+        The absolute path of `out`.
+
+    Raises:
+        HftcoreError: `out` is taken, or the edit changes weights that an adapter folder does not hold.
+        OSError: the disk is full.
+    """
+    target = check_output(out, sources)
+    if edit is not None and hasattr(model, "peft_config"):
+        outside = [name for name in edit.tensors if ".lora_" not in name]
+        if outside:
+            raise HftcoreError(
+                f"the edit changes {len(outside)} base weights ({outside[0]}), which an adapter folder does not hold; "
+                "choose targets 'lora', or merge the adapter into its base model first"
+            )
+    _quiet()
+    with whole_folder(target) as work:
+        model.save_pretrained(work)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
+        if edit is not None:
+            edit.save(work / "edit")
+    return target
+
+
+def find_folder(path: str | Path, name: str = "MODEL") -> Path:
+    """The local folder of a model: `path` itself, or the hub's safetensors and JSON files, downloaded or cached.
+
+    Raises:
+        HftcoreError: neither a folder nor a hub id that can be reached.
+    """
+    if os.path.isdir(path):
+        return Path(path)
+    text = str(path)
+    wanted = f"{name} must be a checkpoint folder or a hub id, got {text}"
+    if os.path.exists(path):
+        raise HftcoreError(f"{wanted}, which is a file; give the folder it lies in")
+    if text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text or not text.strip():
+        raise HftcoreError(f"{wanted}, which does not exist")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(text, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_OTHER))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise HftcoreError(
+            f"{wanted}, which is no folder here, and the hub did not give it: {_brief(error)}"
+        ) from error
+
+
+def _named_base(folder: Path) -> str:
+    """The base model an adapter names: a hub id or a folder, which may be relative to the adapter."""
+    try:
+        named = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise HftcoreError(f"{folder / ADAPTER} is damaged ({type(error).__name__}); copy the adapter again") from error
+    if not isinstance(named, str) or not named:
+        raise HftcoreError(f"{folder / ADAPTER} names no base model; say which with --base")
+    beside = folder / named
+    return str(beside) if beside.is_dir() else named
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise HftcoreError(f"{folder} is a PEFT adapter and peft is not installed; pip install peft") from error
+    from safetensors import SafetensorError
+
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise HftcoreError(f"cannot load the adapter {folder} onto its base model: {_brief(error)}") from error
+
+
+def _load_tokenizer(folders: list[Path]) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = next((folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)), None)
+    if folder is None:
+        raise HftcoreError(
+            f"{folders[-1]} has no tokenizer (tokenizer.json); copy the tokenizer's files into the folder"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise HftcoreError(f"cannot load the tokenizer from {folder}: {_brief(error)}") from error
+
+
+def _device(device: str | None) -> Any:
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise HftcoreError(f"device {device!r} cannot be used here: {_brief(error)}") from error
+    return place
+
+
+def _quiet() -> None:
+    """Keep transformers' bars out of logs and pipes."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def _brief(error: BaseException) -> str:
+    """An error's first line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -55,7 +55,8 @@ def calibrate(
     layers = find_layers(model, targets, exclude)
     meter = Meter(layers, tokens, average)
     runner = runs_without_head(model, layers)
-    with evaluating(model), meter.hooked(model):
+    # not inference_mode: its tensors do not tell when they change, and shared inputs are recognised by that
+    with evaluating(model), torch.no_grad(), meter.hooked(model):
         for inputs, arguments in prepared(runner, batches, progress):
             meter.begin(inputs)
             runner(**arguments)
@@ -67,14 +68,12 @@ def calibrate(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode comes back."""
+    """Evaluation mode; every module's own mode comes back."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        # not inference_mode: its tensors do not tell when they change, which sharing one reduction among layers relies on
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True

@@ -60,7 +60,7 @@ def capture_energy(
 
 
 class Meter:
-    """Adds up the energies of `layers`. `begin` and `end` enclose one pass over one batch; what a pass saw counts only at its `end`."""
+    """Adds up the energies of `layers`; what a pass over one batch saw counts when the pass reaches its `end`."""
 
     def __init__(self, layers: Sequence[Layer], tokens: str = "all", average: str = "sum"):
         if tokens not in ("all", "response"):
@@ -205,7 +205,7 @@ class Meter:
         leading = tuple(x.shape[:-1])
         if leading not in (self.shape, (math.prod(self.shape),)):
             raise HftcoreError(
-                f"layer {name!r} saw tokens of shape {leading} where the token mask has {self.shape}, so they cannot be told apart; "
+                f"layer {name!r} saw tokens of shape {leading} where the token mask has {self.shape}; "
                 'exclude it, or use batches without padding and tokens="all"'
             )
         mask = None if self.mask is None else self.mask.to(x.device)
@@ -260,7 +260,7 @@ def _check_finite(seen: Mapping[str, Tensor]) -> None:
         if not math.isfinite(peak):
             feature = int((~value.isfinite()).nonzero()[0, -1])
             raise NonFiniteError(
-                f"the input of layer {name!r} holds NaN or infinity (or its squares overflow float32) in feature {feature}; "
+                f"the input of layer {name!r} holds NaN or infinity, or overflows when squared, in feature {feature}; "
                 "look at the model and the data"
             )
 

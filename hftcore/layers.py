@@ -142,8 +142,8 @@ def _refuse_unusable(layer: Layer, weight: Tensor | None) -> None:
     if origin or weight is None or weight.dtype not in FLOATS:
         what = "no float weight" if weight is None else str(weight.dtype)
         raise HftcoreError(
-            f"layer {layer.name!r} is quantised or has an unsupported dtype ({origin or what}); weights must be float32, bfloat16 or "
-            "float16: load the model without quantisation, or exclude the layer"
+            f"layer {layer.name!r} is quantised or of an unsupported dtype ({origin or what}); weights must be float32, "
+            "bfloat16 or float16: load the model without quantisation, or exclude the layer"
         )
     if layer.transposed is None:
         raise HftcoreError(
@@ -200,7 +200,7 @@ def _is_factor(name: str) -> bool:
 
 
 def _is_router(layer: Layer, model: nn.Module) -> bool:
-    """Whether a linear layer chooses experts: by its class name, or as a gate or router beside a child called `experts`."""
+    """Whether a linear layer chooses experts: by its class name, or as a gate beside a child called `experts`."""
     if "Router" in type(layer.module).__name__:
         return True
     parent, _, last = layer.name.rpartition(".")

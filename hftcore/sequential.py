@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hftcore.calibrate import Batch, Progress, check_counts, evaluating, prepared, runs_without_head
@@ -43,13 +44,12 @@ def blockwise_energy(
     told apart.
     """
     members = blocks(model)
-    homes = [
-        [layer for layer in layers if layer.module in inside] for inside in (set(block.modules()) for block in members)
-    ]
+    insides = [set(block.modules()) for block in members]
+    homes = [[layer for layer in layers if layer.module in inside] for inside in insides]
     placed = {layer.tensor for home in homes for layer in home}
     if outside := [layer.name for layer in layers if layer.tensor not in placed]:
         raise HftcoreError(
-            f"layers outside the model's blocks cannot be calibrated block by block, exclude them: {', '.join(outside[:5])}"
+            f"layers outside the blocks cannot be calibrated block by block, exclude them: {', '.join(outside[:5])}"
         )
     last = max(index for index, home in enumerate(homes) if home)
     with evaluating(model):
@@ -63,6 +63,7 @@ def blockwise_energy(
                 hidden[number] = _run(block, calls[index][number], x)
 
 
+@torch.no_grad()
 def _measure(
     model: nn.Module, block: nn.Module, meter: Meter, inputs: list[Batch], calls: list[Call], hidden: list[Tensor]
 ) -> Energy:
@@ -76,12 +77,14 @@ def _measure(
     return meter.energy
 
 
+@torch.no_grad()
 def _run(block: nn.Module, call: Call, x: Tensor) -> Tensor:
     args, kwargs = call
     output = block(x, *args, **kwargs)
     return output if isinstance(output, Tensor) else output[0]
 
 
+@torch.no_grad()
 def _note_calls(
     runner: nn.Module, members: list[nn.Module], batches: Iterable[Batch], progress: Progress | None
 ) -> tuple[list[Batch], list[list[Call]], list[Tensor]]:

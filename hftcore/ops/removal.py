@@ -1,55 +1,16 @@
-"""The ops: checked, dispatched to a backend, and registered with torch.library under `torch.ops.hftcore`.
-
-Everything about ranking is the same for all of them: the score of a weight is fp32(|w|) * sqrt(energy), one rounding; weights are
-ordered by (score, position) ascending; a NaN or infinite score is refused before anything is changed. Masks are packed, one bit a
-weight, 1 = removed: bit j (least significant first) of byte b of a row is column 8 b + j.
-"""
+"""Score, select, remove: fused, exact, with neither a score matrix nor a sort."""
 
 import torch
 from torch import Tensor
 
 from hftcore import checks
-from hftcore.backend import implementation
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels import reference as meaning
+from hftcore.ops.masks import masked_put_, masked_take
 from hftcore.pattern import Pattern
 from hftcore.selection import Part, find_cut
 
 _compiling = torch.compiler.is_compiling
-
-
-def column_energy(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Sum over tokens of the squared value of each input feature.
-
-    Args:
-        x: [..., N] float32, bfloat16 or float16 activations; all leading axes are tokens.
-        mask: bool of the leading shape; True counts. None counts every token.
-
-    Returns:
-        [N] float32 on the device of `x` (a sum, neither a mean nor a root). The same input gives the same bits on one backend,
-        whatever the number of threads.
-
-    Raises:
-        HftcoreError: another dtype, or a mask of another shape.
-
-    Source: the statistic of Sun et al. 2023 (arXiv:2306.11695), eq. 1, before the root and without dividing by the samples.
-
-    >>> column_energy(torch.tensor([[3.0, 1.0], [4.0, 1.0]]))
-    tensor([25.,  2.])
-    """
-    if _compiling():
-        return torch.ops.hftcore.column_energy(x, mask)
-    if x.dtype not in checks.FLOATS or x.dim() == 0:
-        raise HftcoreError(f"x must be [..., N] float32, bfloat16 or float16, got {x.dtype} {tuple(x.shape)}")
-    if mask is not None:
-        if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
-            raise HftcoreError(
-                f"mask must be bool of shape {tuple(x.shape[:-1])} (x without its last axis), got {mask.dtype} {tuple(mask.shape)}"
-            )
-        mask = mask.reshape(-1)
-    if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
-    return implementation("column_energy", x.device)(x, mask)
 
 
 def wanda_scores(weight: Tensor, energy: Tensor, reference: Tensor | None = None) -> Tensor:
@@ -142,104 +103,6 @@ def prune_(weight: Tensor, energy: Tensor, pattern: Pattern | str, reference: Te
     return weight
 
 
-def unpack_mask(mask: Tensor, columns: int) -> Tensor:
-    """Packed bits as booleans.
-
-    Args:
-        mask: [M, ceil(columns / 8)] uint8, as `prune_mask` gives.
-        columns: N of the weight.
-
-    Returns:
-        [M, columns] bool, True = removed.
-
-    Raises:
-        HftcoreError: a mask of another width.
-
-    >>> unpack_mask(torch.tensor([[5]], dtype=torch.uint8), 3)
-    tensor([[ True, False,  True]])
-    """
-    if mask.dim() != 2 or mask.dtype != torch.uint8 or mask.shape[1] != -(-columns // 8):
-        raise HftcoreError(
-            f"mask must be uint8 [M, {-(-columns // 8)}] (one bit for each of {columns} columns), got {mask.dtype} {tuple(mask.shape)}"
-        )
-    return meaning.unpack(mask, columns)
-
-
-def pack_mask(mask: Tensor) -> Tensor:
-    """Booleans [M, N] as packed bits [M, ceil(N / 8)] uint8; the inverse of `unpack_mask`.
-
-    Raises:
-        HftcoreError: not a boolean matrix.
-
-    >>> pack_mask(torch.tensor([[True, False, True]]))
-    tensor([[5]], dtype=torch.uint8)
-    """
-    if mask.dim() != 2 or mask.dtype != torch.bool:
-        raise HftcoreError(f"mask must be bool [M, N], got {mask.dtype} {tuple(mask.shape)}")
-    return meaning.pack(mask)
-
-
-def masked_take(weight: Tensor, mask: Tensor) -> Tensor:
-    """The weights a packed mask marks, in row-major order: [R], dtype of weight.
-
-    Raises:
-        HftcoreError: the mask does not fit the weight.
-
-    >>> masked_take(torch.tensor([[3.0, -4.0, 1.0]]), torch.tensor([[5]], dtype=torch.uint8))
-    tensor([3., 1.])
-    """
-    _fits(weight, mask)
-    return implementation("masked_take", weight.device)(weight, mask)
-
-
-def masked_put_(weight: Tensor, mask: Tensor, values: Tensor | None = None) -> Tensor:
-    """Write `values` ([R], row-major order; None: zeros) where a packed mask marks, in place; returns `weight`.
-
-    Raises:
-        HftcoreError: the mask does not fit, or the number or dtype of the values differs.
-
-    >>> masked_put_(torch.tensor([[3.0, -4.0, 1.0]]), torch.tensor([[5]], dtype=torch.uint8))
-    tensor([[ 0., -4.,  0.]])
-    """
-    _fits(weight, mask)
-    if values is not None:
-        marked = count_mask(mask)
-        if values.shape != (marked,) or values.dtype != weight.dtype:
-            raise HftcoreError(
-                f"values must be {weight.dtype} of shape ({marked},) (one for each marked weight), got {values.dtype} {tuple(values.shape)}"
-            )
-        checks.same_device("values", values, weight)
-    implementation("masked_put", weight.device)(weight, mask, values)
-    return weight
-
-
-def count_mask(mask: Tensor) -> int:
-    """How many weights a packed mask marks.
-
-    >>> count_mask(torch.tensor([[5, 255]], dtype=torch.uint8))
-    10
-    """
-    bits = mask - ((mask >> 1) & 0x55)
-    bits = (bits & 0x33) + ((bits >> 2) & 0x33)
-    return int(((bits + (bits >> 4)) & 0x0F).sum())
-
-
-def fingerprint(tensor: Tensor) -> str:
-    """A 64-bit fingerprint of a tensor's dtype, shape and every bit; the same on every backend and device.
-
-    Not cryptographic: it tells a wrong or changed tensor from the right one, not an adversary's.
-
-    >>> fingerprint(torch.zeros(2, 2)) == fingerprint(torch.zeros(4))
-    False
-    """
-    bits = tensor.detach().contiguous()
-    bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
-    shape = "x".join(map(str, tensor.shape))
-    return (
-        f"{str(tensor.dtype).removeprefix('torch.')}[{shape}]:{implementation('fingerprint', tensor.device)(bits):016x}"
-    )
-
-
 def _checked(
     weight: Tensor, energy: Tensor, pattern: Pattern | str, reference: Tensor | None
 ) -> tuple[Pattern, Tensor]:
@@ -259,16 +122,6 @@ def _checked(
             f"block {pattern.block} does not divide weight of shape ({rows}, {columns}); choose sizes that do"
         )
     return pattern, checks.norm(energy, weight)
-
-
-def _fits(weight: Tensor, mask: Tensor) -> None:
-    checks.weight(weight, None)
-    if mask.dtype != torch.uint8 or mask.shape != (weight.shape[0], -(-weight.shape[1] // 8)):
-        raise HftcoreError(
-            f"mask must be uint8 of shape ({weight.shape[0]}, {-(-weight.shape[1] // 8)}) for weight {tuple(weight.shape)}, "
-            f"got {mask.dtype} {tuple(mask.shape)}"
-        )
-    checks.same_device("mask", mask, weight)
 
 
 def _select(part: Part, pattern: Pattern, mask: Tensor | None) -> None:
@@ -324,31 +177,3 @@ def _nonfinite(part: Part) -> NonFiniteError:
                 f"(norm of its input {float(part.norm[column])}); nothing was changed"
             )
     return NonFiniteError("weight has a score that is NaN or infinite; nothing was changed")
-
-
-def _prune_nothing_returned(weight: Tensor, energy: Tensor, pattern: str, reference: Tensor | None) -> None:
-    prune_(weight, energy, pattern, reference)  # a registered op may not return its own argument
-
-
-_library = torch.library.Library("hftcore", "DEF")
-_library.define("column_energy(Tensor x, Tensor? mask) -> Tensor")
-_library.define("prune_mask(Tensor weight, Tensor energy, str pattern, Tensor? reference) -> Tensor")
-_library.define("prune_(Tensor(a!) weight, Tensor energy, str pattern, Tensor? reference) -> ()")
-_library.impl("column_energy", column_energy, "CompositeExplicitAutograd")
-_library.impl("prune_mask", prune_mask, "CompositeExplicitAutograd")
-_library.impl("prune_", _prune_nothing_returned, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("hftcore::column_energy", lib=_library)
-def _(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[-1], dtype=torch.float32)
-
-
-@torch.library.register_fake("hftcore::prune_mask", lib=_library)
-def _(weight: Tensor, energy: Tensor, pattern: str, reference: Tensor | None) -> Tensor:
-    return weight.new_empty(weight.shape[0], -(-weight.shape[1] // 8), dtype=torch.uint8)
-
-
-@torch.library.register_fake("hftcore::prune_", lib=_library)
-def _(weight: Tensor, energy: Tensor, pattern: str, reference: Tensor | None) -> None:
-    return None

@@ -2,7 +2,9 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -149,8 +151,16 @@ class _Job:
         self.model, self.edit, self.pattern, self.others = model, edit, pattern, others
         self.score, self.seed, self.minus = score, seed, minus
 
-    def undone_on_failure(self) -> "_UndoneOnFailure":
-        return _UndoneOnFailure(self)
+    @contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """Restore what was changed when the block ends by an exception, Ctrl-C included."""
+        try:
+            yield
+        except BaseException:
+            parameters = dict(self.model.named_parameters(remove_duplicate=False))
+            for name, entry in self.edit.tensors.items():
+                revert_tensor_(parameters[name].data, entry)
+            raise
 
     def prune(self, layers: list[Layer], energy: Energy) -> None:
         """Prune the layers, in position order."""
@@ -211,7 +221,7 @@ class _Job:
         owners: list[str] = []
         for layer in layers:
             for index, (_, weight, _) in enumerate(layer.matrices()):
-                makers.append(lambda layer=layer, index=index: self._part(layer, index, energy))
+                makers.append(partial(self._part, layer, index, energy))
                 sizes.append((weight.shape[0], weight.shape[1]))
                 owners.append(layer.tensor)
         count, invert = self.pattern.low_count(sum(rows * columns for rows, columns in sizes))
@@ -232,27 +242,11 @@ class _Job:
                     part.call("cut", found.key, quota.to(device), invert, mask)
                     yield mask
 
-        return {layer.tensor: lambda name=layer.tensor: masks(name) for layer in layers}
+        return {layer.tensor: partial(masks, layer.tensor) for layer in layers}
 
     def _part(self, layer: Layer, index: int, energy: Energy) -> Part:
         weight, measured, reference = list(self._scored(layer, energy, self.score))[index]
         return Part(weight, measured.contiguous().sqrt(), reference)
-
-
-class _UndoneOnFailure:
-    """Restores what a job has changed when its block ends by an exception, Ctrl-C included."""
-
-    def __init__(self, job: _Job) -> None:
-        self.job = job
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None:
-            parameters = dict(self.job.model.named_parameters(remove_duplicate=False))
-            for name, entry in self.job.edit.tensors.items():
-                revert_tensor_(parameters[name].data, entry)
 
 
 def _uniform(like: Tensor, seed: str) -> Tensor:

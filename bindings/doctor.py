@@ -31,7 +31,7 @@ def examine() -> dict[str, Any]:
 
     Returns:
         `python`, `platform`; `packages` name -> version or None; `devices` a list; `backends` name -> {device -> None,
-        or why it does not serve that device}; `chosen` device -> backend; `simd` the native backend's instruction set or
+        or why it does not serve that device}; `chosen` device -> backend; `simd` the native backend's instructions or
         None; `backend_variable`; `embedded_model` whether the demo's model is here; `advice` a list of sentences.
 
     >>> sorted(examine()["backends"])

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -25,7 +25,7 @@ def linear_like(module: nn.Module) -> tuple[str, bool] | None:
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, bool | None]]]:
-    """Modules that hold the weights of all experts in 3-D parameters, with the parameters' orientation where it is known."""
+    """Modules that hold the weights of all experts in 3-D parameters, with their orientation where it is known."""
     for name, module in model.named_modules():
         fused = [key for key, value in module.named_parameters(recurse=False) if value.dim() == 3]
         if not fused or "Expert" not in type(module).__name__:
@@ -37,16 +37,15 @@ def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, 
 
 def body(model: nn.Module) -> nn.Module:
     """The transformer without its loss head; LoRA layers inside it stay."""
-    if (
-        callable(get := getattr(model, "get_base_model", None))
-        and not getattr(model, "active_peft_config", None).is_prompt_learning
-    ):
+    # prompt learning prepends its tokens in the wrapper, so the wrapper must run
+    prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    if callable(get := getattr(model, "get_base_model", None)) and not prompts:
         model = get()
     if not isinstance(model, PreTrainedModel):
         return model
     if getattr(model.config, "is_encoder_decoder", False):
         raise HftcoreError(
-            f"{type(model).__name__} is an encoder-decoder, whose two token masks are not told apart; use a decoder-only model"
+            f"{type(model).__name__} is an encoder-decoder, which has two token masks; use a decoder-only model"
         )
     return model.base_model
 
@@ -115,4 +114,4 @@ def _experts_forward(
 def _project(experts: nn.Module, parameter: str, expert: int, x: Tensor) -> Tensor:
     weight = getattr(experts, parameter)[expert]
     bias = getattr(experts, f"{parameter}_bias")[expert] if experts.has_bias else None
-    return F.linear(x.to(weight.dtype), weight.t() if experts.is_transposed else weight, bias)
+    return linear(x.to(weight.dtype), weight.t() if experts.is_transposed else weight, bias)

@@ -24,7 +24,7 @@ Score = Literal["wanda", "magnitude", "random"]
 
 def prune(
     model: nn.Module,
-    energy: Energy | Iterable[Mapping[str, Tensor]],
+    energy: Energy | Iterable[Mapping[str, Tensor]] | None,
     pattern: Pattern,
     *,
     reference: nn.Module | None = None,
@@ -40,7 +40,8 @@ def prune(
 
     Args:
         model: any nn.Module; changed in place, and left as it was if anything fails.
-        energy: what `calibrate` returned: its layers are the ones pruned. With `sequential`, the calibration batches instead.
+        energy: what `calibrate` returned: its layers are the ones pruned. With `sequential`, the calibration batches instead. None
+            for scores that use none: `targets` then names the layers.
         pattern: how much, compared with what, from which end.
         reference: a model with the same parameter names: the score is that of the difference to its weights, and removed weights
             take its values instead of zero.
@@ -74,6 +75,9 @@ def prune(
     job = _Job(model, edit, pattern, others, score, seed, minus)
     with torch.no_grad(), job.undone_on_failure():
         if not sequential:
+            if energy is None and score != "wanda":
+                job.prune(find_layers(model, "all-linear" if targets is None else targets, exclude), Energy())
+                return edit
             if not isinstance(energy, Energy):
                 raise HftcoreError(
                     f"energy must be an Energy (from hftcore.calibrate), got {type(energy).__name__}; batches need sequential=True"
@@ -199,10 +203,11 @@ class _Job:
         other = self._other(layer)
         references = [None] if other is None else matrices(other, layer.transposed)
         for index, (label, weight, expert) in enumerate(layer.matrices()):
-            measured = energy[layer.name] if expert is None else energy[layer.name][expert]
             reference = references[index] if other is not None else None
-            if score != "wanda":
-                measured = torch.ones_like(measured)
+            if score == "wanda":
+                measured = energy[layer.name] if expert is None else energy[layer.name][expert]
+            else:
+                measured = torch.ones(weight.shape[1], device=weight.device)
             if score == "random":
                 weight, reference = _uniform(weight, f"{self.seed}:{label}"), None
             yield weight, measured, reference

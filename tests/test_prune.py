@@ -85,6 +85,11 @@ def test_magnitude_ignores_the_energy_and_random_ignores_the_weights():
     hftcore.prune(model, measured(model), Pattern("50%"), score="magnitude")
     hftcore.prune(twin, Energy({"first": torch.ones(8), "second": torch.ones(6)}), Pattern("50%"))
     assert same(state(model), state(twin))
+    twin = Net()
+    twin.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="full or merged"):
+        edit = hftcore.antidote(twin, None, 0.2, score="magnitude", exclude=["second"])
+    assert list(edit.tensors) == ["first.weight"]
     masks = []
     for seed in (3, 3, 4):
         twin = Net()

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from hftcore.calibrate import calibrate
@@ -75,16 +74,15 @@ def antidote(
     pattern = Pattern(dense_ratio, scope=scope, remove=remove)
     if targets is None:
         targets = "lora" if any(".lora_A." in name for name, _ in model.named_modules()) else "all-linear"
-    energy: Energy
+    if harmful_batches is None and score == "wanda":
+        raise HftcoreError("harmful_batches must be batches or an Energy for score 'wanda', got None")
+    energy: Energy | None = None
     if isinstance(harmful_batches, Energy):
         energy = harmful_batches
-    elif score != "wanda":
-        energy = _ones(model, targets, exclude)
-    elif harmful_batches is None:
-        raise HftcoreError("harmful_batches must be batches or an Energy for score 'wanda', got None")
-    else:
+    elif score == "wanda":
         energy = calibrate(model, harmful_batches, targets, exclude, tokens=tokens, average=average)
-    if remove == "highest" and reference is None and score != "random" and not all("lora_" in name for name in energy):
+    names = energy or (layer.name for layer in find_layers(model, targets, exclude))
+    if remove == "highest" and reference is None and score != "random" and not all("lora_" in name for name in names):
         warnings.warn(
             "removing the highest-scored weights of full or merged matrices: on SmolLM2-135M one weight a row (ratio 0.001) already "
             "broke the model; target the LoRA factors, or pass reference=",
@@ -100,12 +98,16 @@ def antidote(
         )
     elif benign_ratio is not None:
         raise HftcoreError("benign_ratio needs benign_batches")
-    edit = prune(model, energy, pattern, reference=reference, score=score, seed=seed, minus=minus)
+    edit = prune(
+        model,
+        energy,
+        pattern,
+        reference=reference,
+        score=score,
+        seed=seed,
+        minus=minus,
+        targets=targets if energy is None else None,
+        exclude=exclude if energy is None else None,
+    )
     edit.recipe |= {"method": "antidote", "dense_ratio": dense_ratio, "tokens": tokens, "average": average}
     return edit
-
-
-def _ones(model: nn.Module, targets: str | list[str], exclude: str | list[str] | None) -> Energy:
-    """Energies for scores that use none."""
-    layers = find_layers(model, targets, exclude)
-    return Energy({layer.name: torch.ones_like(layer.weight[..., 0, :], dtype=torch.float32) for layer in layers})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 import hftcore
 from hftcore.bindings import checkpoint
@@ -61,7 +62,8 @@ def run_calibrate(job: Job) -> Result:
     energy = hftcore.calibrate(
         model, _batches(job, tokenizer), targets=job.targets or "all-linear", exclude=job.exclude, tokens=job.tokens
     )
-    energy.save(job.out)
+    with _writing(job.out):
+        energy.save(job.out)
     return {"out": str(job.out), "layers": len(energy), "tokens": energy.tokens, "samples": energy.samples}
 
 
@@ -114,7 +116,8 @@ def run_patch(action: Literal["apply", "revert"], edit_path: Path, model: Path, 
     check_output(out, [edit_path, model], "--out")
     edit = Edit.load(edit_path)
     patch = checkpoint.apply_edit if action == "apply" else checkpoint.revert_edit
-    patch(edit, model, out)
+    with _writing(out):
+        patch(edit, model, out)
     return {"out": str(out), **_counts(edit)}
 
 
@@ -162,12 +165,21 @@ def _energy(job: Job, model: Any, tokenizer: Any) -> Energy:
 
 
 def _save(job: Job, model: Any, tokenizer: Any, edit: Edit) -> Result:
-    with job.timed("save"):
+    with job.timed("save"), _writing(job.out):
         if job.edit_only:
             edit.save(job.out)
         else:
             save_model(model, tokenizer, job.out, (job.model,), edit)
     return {"out": str(job.out), "edit_only": job.edit_only, **_counts(edit), "seconds": job.seconds}
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Say of a failed write what failed; what was half-written is gone by then."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise HftcoreError(f"cannot write --out {out}: {error}; nothing was left there") from error
 
 
 def _counts(edit: Edit) -> Result:

@@ -36,6 +36,7 @@ def load_model(
             peft is missing.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -51,7 +52,7 @@ def load_model(
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(body, dtype=kind, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise HftcoreError(f"cannot load a causal model from {body}: {_brief(error)}") from error
     if adapter:
         model = _with_adapter(model, folder)

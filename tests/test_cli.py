@@ -1,0 +1,418 @@
+"""The command line from end to end, on a tiny model in a folder."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import VOCABULARY, tiny_model, with_lora
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import hftcore
+from hftcore.bindings import models_io
+from hftcore.bindings.cli import app
+from hftcore.bindings.data import load_samples, make_batches
+from hftcore.bindings.models_io import load_model, save_model
+from hftcore.bindings.progress import Track
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with `model`, an `edit` of it, `tuned`, `adapter` (names `../model`), `data.jsonl`; tests leave it alone."""
+    root = tmp_path_factory.mktemp("world")
+    words = ["<pad>", "<unk>", "<eos>", *(f"w{index}" for index in range(3, VOCABULARY))]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    for seed, name in enumerate(("model", "tuned")):
+        tiny_model("llama", seed=seed).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    with_lora(tiny_model("llama"), ["q_proj", "v_proj"]).save_pretrained(root / "adapter")
+    config = json.loads((root / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "../model"
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    pruned = tiny_model("llama")
+    hftcore.antidote(pruned, None, score="random").save(root / "edit")
+    rows = [{"prompt": f"w{index} w4", "completion": f"w{index + 9} w7 w8"} for index in range(3, 12)]
+    (root / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return root
+
+
+def hftcore_command(*args):
+    """Run a command in this process; (exit code, stdout, stderr)."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def succeeded(*args):
+    code, out, err = hftcore_command(*args)
+    assert code == 0, err
+    return out
+
+
+def failed(*args, code=1):
+    """The one line on stderr of a command that fails."""
+    got, out, err = hftcore_command(*args)
+    assert (got, out) == (code, ""), err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def digests(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def in_process(program, *args):
+    """Run the real program in a process of its own, after `program`'s statements."""
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    code = f"import sys; sys.argv[0] = 'hftcore'\n{program}\nfrom hftcore.bindings.cli import main; main()"
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def own_lines(text):
+    """The lines on stderr but for the notice that the native backend is not built, which depends on the machine."""
+    return [line for line in text.splitlines() if not line.startswith("hftcore runs on the torch backend")]
+
+
+def test_wanda_writes_the_model_that_the_library_prunes(world, tmp_path):
+    out = tmp_path / "out"
+    text = succeeded("wanda", world / "model", "--data", world / "data.jsonl", "--sparsity", "50%", "--out", out)
+    assert text.startswith("Removed ")
+    assert text.count("\n") == 1
+
+    model, tokenizer = load_model(world / "model", "cpu")
+    energy = hftcore.calibrate(model, make_batches(load_samples(world / "data.jsonl"), tokenizer))
+    hftcore.prune(model, energy, hftcore.Pattern("50%"))
+    written = load_file(out / WEIGHTS)
+    assert all(torch.equal(written[name], weight) for name, weight in model.state_dict().items())
+    assert load_model(out, "cpu")[1]("w5")["input_ids"] == [5]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_edit_beside_the_model_leads_back(world, tmp_path):
+    out, edit = tmp_path / "out", tmp_path / "out" / "edit"
+    succeeded("wanda", world / "model", "--data", world / "data.jsonl", "--sparsity", "2:4", "--out", out)
+    succeeded("revert", edit, out, "--out", tmp_path / "back")
+    assert digests(tmp_path / "back")[WEIGHTS] == digests(world / "model")[WEIGHTS]
+    succeeded("apply", edit, world / "model", "--out", tmp_path / "again")
+    assert digests(tmp_path / "again")[WEIGHTS] == digests(out)[WEIGHTS]
+    succeeded("revert", edit, tmp_path / "again", "--out", tmp_path / "original")
+    assert digests(tmp_path / "original") == digests(world / "model")
+
+
+def test_antidote_repairs_an_adapter_and_leaves_an_adapter(world, tmp_path):
+    out = tmp_path / "out"
+    options = ["--data", world / "data.jsonl", "--dense-ratio", "0.25", "--device", "cpu", "--json"]
+    result = json.loads(succeeded("antidote", world / "adapter", *options, "--out", out))
+    assert result["tensors"] == 8
+    assert result["out"] == str(out)
+    assert result["recipe"]["dense_ratio"] == 0.25
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (world / "adapter", out))
+    removed = sum(int(((after[name] == 0) & (before[name] != 0)).sum()) for name in before)
+    assert removed == result["removed"] > 0
+    assert not (out / WEIGHTS).exists()
+    succeeded("revert", out / "edit", out, "--out", tmp_path / "back")
+    assert (
+        digests(tmp_path / "back")["adapter_model.safetensors"]
+        == digests(world / "adapter")["adapter_model.safetensors"]
+    )
+    assert load_model(out, "cpu", base=str(world / "model"))[0].peft_config
+
+
+def test_base_weights_do_not_fit_into_an_adapter_folder(world, tmp_path):
+    options = ["--data", world / "data.jsonl", "--targets", "all-linear"]
+    line = failed("wanda", world / "adapter", *options, "--out", tmp_path / "out")
+    assert "base weights" in line
+    succeeded("wanda", world / "adapter", *options, "--edit-only", "--out", tmp_path / "edit")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["edit"]
+
+
+def test_edit_only_writes_the_same_edit(world, tmp_path):
+    common = [
+        "wanda",
+        world / "model",
+        "--data",
+        world / "data.jsonl",
+        "--targets",
+        "q_proj,up_proj",
+        "--exclude",
+        "layers.0.mlp.up_proj",
+    ]
+    succeeded(*common, "--out", tmp_path / "model")
+    succeeded(*common, "--edit-only", "--out", tmp_path / "edit")
+    assert digests(tmp_path / "edit") == digests(tmp_path / "model" / "edit")
+    names = hftcore.Edit.load(tmp_path / "edit").tensors
+    assert sorted(name.split("layers.")[1] for name in names) == [
+        "0.self_attn.q_proj.weight",
+        "1.mlp.up_proj.weight",
+        "1.self_attn.q_proj.weight",
+    ]
+
+
+def test_calibrated_energies_can_be_used_later(world, tmp_path):
+    energy = tmp_path / "energy.safetensors"
+    common = ["--max-seq-length", 64, "--batch-size", 2, "--nsamples", 5]
+    result = json.loads(
+        succeeded("calibrate", world / "model", "--data", world / "data.jsonl", *common, "--out", energy, "--json")
+    )
+    assert result["samples"] == 5
+    assert hftcore.Energy.load(energy).tokens == result["tokens"]
+    succeeded("wanda", world / "model", "--energy", energy, "--edit-only", "--out", tmp_path / "a")
+    succeeded("wanda", world / "model", "--data", world / "data.jsonl", *common, "--edit-only", "--out", tmp_path / "b")
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert "must not exist" in failed("calibrate", world / "model", "--data", world / "data.jsonl", "--out", energy)
+
+
+def test_response_tokens_are_fewer_than_all(world, tmp_path):
+    common = ["calibrate", world / "model", "--data", world / "data.jsonl", "--json"]
+    total = json.loads(succeeded(*common, "--out", tmp_path / "all.safetensors"))["tokens"]
+    response = json.loads(succeeded(*common, "--tokens", "response", "--out", tmp_path / "response.safetensors"))[
+        "tokens"
+    ]
+    assert response == 9 * 4
+    assert total > response
+
+
+@pytest.mark.parametrize(
+    ("flags", "recipe"),
+    [
+        (["--sparsity-type", "2:4", "--sparsity-ratio", "0.5"], "2:4 row lowest"),
+        (["--sparsity-type", "unstructured", "--sparsity-ratio", "0.25"], "0.25 row lowest"),
+        (["--sparsity", "10%", "--scope", "model", "--remove", "highest"], "0.1 model highest"),
+        (["--sparsity", "25%", "--scope", "matrix", "--block", "8x16"], "0.25 matrix lowest 8x16"),
+        (["--sequential"], "0.5 row lowest"),
+        (["--score", "random", "--seed", "3"], "0.5 row lowest"),
+    ],
+)
+def test_flags_become_the_pattern(world, tmp_path, flags, recipe):
+    common = [
+        "wanda",
+        world / "model",
+        "--data",
+        world / "data.jsonl",
+        "--edit-only",
+        "--json",
+        "--out",
+        tmp_path / "edit",
+    ]
+    result = json.loads(succeeded(*common, *flags))
+    assert result["recipe"]["pattern"] == recipe
+    assert result["removed"] == hftcore.Edit.load(tmp_path / "edit").removed
+
+
+def test_baselines_need_no_data_and_a_seed_decides(world, tmp_path):
+    for name, flags in {"a": ["--seed", 1], "b": ["--seed", 1], "c": ["--seed", 2]}.items():
+        succeeded("wanda", world / "model", "--score", "random", *flags, "--edit-only", "--out", tmp_path / name)
+    edits = {name: digests(tmp_path / name)["edit.safetensors"] for name in "abc"}
+    assert edits["a"] == edits["b"] != edits["c"]
+    succeeded("antidote", world / "adapter", "--score", "magnitude", "--edit-only", "--out", tmp_path / "d")
+
+
+def test_a_reference_restores_its_weights(world, tmp_path):
+    options = ["--data", world / "data.jsonl", "--reference", world / "model", "--dense-ratio", 0.2]
+    succeeded("antidote", world / "tuned", *options, "--out", tmp_path / "out")
+    before, reference, after = (
+        load_file(folder / WEIGHTS) for folder in (world / "tuned", world / "model", tmp_path / "out")
+    )
+    for name in before:
+        changed = after[name] != before[name]
+        assert torch.equal(after[name][changed], reference[name][changed])
+    assert changed.any() or any((after[name] != before[name]).any() for name in before)
+
+
+def test_failures_are_one_line_that_names_the_argument(world, tmp_path):
+    model, data, out = world / "model", world / "data.jsonl", tmp_path / "out"
+    (tmp_path / "bad.jsonl").write_text('{"text": "w3"}\n{"text": 3}\n')
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    tiny_model("llama").save_pretrained(tmp_path / "mute")
+    for args, message in [
+        (["wanda", tmp_path / "absent", "--data", data, "--out", out], "MODEL must be a checkpoint folder"),
+        (["wanda", "owner/absent", "--data", data, "--out", out], "the hub did not give it"),
+        (["wanda", data, "--data", data, "--out", out], "which is a file"),
+        (["wanda", tmp_path / "bare", "--data", data, "--out", out], "no tokenizer"),
+        (["wanda", tmp_path / "mute", "--data", data, "--out", out], "no tokenizer"),
+        (["wanda", model, "--out", out], "--data is needed"),
+        (["wanda", model, "--data", data, "--energy", data, "--out", out], "give one"),
+        (["wanda", model, "--data", tmp_path / "bad.jsonl", "--out", out], "bad.jsonl, line 2"),
+        (["wanda", model, "--data", tmp_path / "absent.jsonl", "--out", out], "existing file"),
+        (["wanda", model, "--data", data, "--out", tmp_path / "taken"], "--out must not exist yet"),
+        (["wanda", model, "--data", data, "--out", model / "sub"], "--out must lie outside"),
+        (["wanda", model, "--data", data, "--device", "toaster", "--out", out], "device 'toaster'"),
+        (["wanda", model, "--data", data, "--base", model, "--out", out], "leave base out"),
+        (["wanda", model, "--data", data, "--targets", "nothing_like_it", "--out", out], "nothing_like_it"),
+        (["wanda", model, "--score", "random", "--sequential", "--out", out], "--sequential"),
+        (["apply", tmp_path / "absent", model, "--out", out], "not an Edit"),
+        (["apply", model, model, "--out", out], "not an Edit"),
+    ]:
+        assert message in failed(*args), args
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--sparsity", "150%"],
+        ["--sparsity", "3:2"],
+        ["--sparsity", "half"],
+        ["--block", "16"],
+        ["--scope", "column"],
+        ["--batch-size", "0"],
+        ["--sparsity-type", "2:4", "--sparsity", "30%"],
+        ["--no-such-flag"],
+    ],
+)
+def test_a_wrong_flag_is_a_usage_error(world, tmp_path, flags):
+    code, out, _ = hftcore_command(
+        "wanda", world / "model", "--data", world / "data.jsonl", "--out", tmp_path / "out", *flags
+    )
+    assert (code, out) == (2, "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_needs_a_base_it_can_find(world, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for file in (world / "adapter").iterdir():
+        (adapter / file.name).write_bytes(file.read_bytes())
+    common = ["antidote", adapter, "--data", world / "data.jsonl"]
+    assert "base model must be a checkpoint folder" in failed(*common, "--out", tmp_path / "out")
+    succeeded(*common, "--base", world / "model", "--out", tmp_path / "out")
+    (adapter / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json is damaged" in failed(*common, "--out", tmp_path / "out2")
+
+
+def test_a_truncated_model_is_refused_in_one_line(world, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (world / "model").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[: 5000 if file.name == WEIGHTS else None])
+    line = failed("wanda", broken, "--data", world / "data.jsonl", "--out", tmp_path / "out")
+    assert "broken" in line
+
+
+class _Breaking:
+    """A model whose saving writes one file and then fails."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def save_pretrained(self, folder):
+        (folder / WEIGHTS).write_bytes(b"half")
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_broken_save_leaves_nothing(tmp_path, error):
+    with pytest.raises(type(error)):
+        save_model(_Breaking(error), None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_gives_130(world, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hftcore, "prune", interrupted)
+    line = failed("wanda", world / "model", "--data", world / "data.jsonl", "--out", tmp_path / "out", code=130)
+    assert "interrupted" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_saving_leaves_nothing(world, tmp_path, name, code):
+    program = f"import os, signal\nos.fsync = lambda handle: os.kill(os.getpid(), signal.{name})"
+    # no transformers in this one, so that it starts soon
+    done = in_process(program, "apply", world / "edit", world / "model", "--out", tmp_path / "out")
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no file size limits on this system")
+def test_a_full_disk_leaves_nothing(world, tmp_path):
+    program = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"
+    args = ["wanda", world / "model", "--score", "magnitude", "--out", tmp_path / "out"]
+    done = in_process(program, *args)
+    assert done.returncode == 1, done.stderr
+    (line,) = own_lines(done.stderr)
+    assert line.startswith("error: cannot write --out ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_program_is_silent_in_a_pipe_but_for_its_answer(world, tmp_path):
+    args = [
+        "wanda",
+        world / "model",
+        "--data",
+        world / "data.jsonl",
+        "--json",
+        "--edit-only",
+        "--out",
+        tmp_path / "out",
+    ]
+    done = in_process("", *args)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sparsity"] == pytest.approx(0.5)
+    assert own_lines(done.stderr) == []
+
+
+def test_usage_errors_of_the_program_are_one_line_and_code_2():
+    done = in_process("", "wanda")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_command_line_itself_imports_nothing_heavy():
+    code = (
+        "import sys, hftcore; before = set(sys.modules); import hftcore.bindings.cli; "
+        "new = set(sys.modules) - before; print([name for name in ('torch', 'transformers', 'triton', 'numpy') if name in new])"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_lists_the_commands():
+    out = succeeded("--help")
+    for name in ("demo", "calibrate", "wanda", "antidote", "apply", "revert", "doctor"):
+        assert f"  {name} " in out
+
+
+def test_a_saved_model_is_complete_and_refuses_what_is_there(world, tmp_path):
+    model, tokenizer = load_model(world / "model", "cpu", "bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not model.training
+    save_model(model, tokenizer, tmp_path / "out")
+    with pytest.raises(hftcore.HftcoreError, match="must not exist yet"):
+        save_model(model, tokenizer, tmp_path / "out")
+    assert {"config.json", WEIGHTS, "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(hftcore.HftcoreError, match="dtype must be"):
+        load_model(world / "model", dtype="int8")
+
+
+def test_hub_files_are_never_pickles_or_code():
+    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in models_io._HUB_FILES)
+
+
+def test_tracking_repeats_and_counts():
+    track = Track([1, 2, 3], "numbers")
+    assert [list(track), list(track), len(track)] == [[1, 2, 3], [1, 2, 3], 3]
+    with pytest.raises(TypeError):
+        len(Track(iter([1]), "numbers"))

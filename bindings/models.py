@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def body(model: nn.Module) -> nn.Module:
 def capture_experts(layers: Sequence[Layer], observe: Observe) -> Iterator[None]:
     """Run the experts of `layers` one by one and show the inputs of both projections to `observe`; undone on exit."""
     wanted = {(layer.module, layer.parameter): layer for layer in layers}
-    configs = {id(layer.module.config): layer.module.config for layer in layers}
+    configs: dict[int, Any] = {id(layer.module.config): layer.module.config for layer in layers}
     before = {key: config._experts_implementation for key, config in configs.items()}
     name = f"{IMPLEMENTATION}-{id(wanted)}"
 
@@ -73,7 +74,7 @@ def capture_experts(layers: Sequence[Layer], observe: Observe) -> Iterator[None]
 
 
 def _experts_forward(
-    experts: nn.Module,
+    experts: Any,
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
@@ -111,7 +112,7 @@ def _experts_forward(
     return spread.view(-1, top_k, output.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
-def _project(experts: nn.Module, parameter: str, expert: int, x: Tensor) -> Tensor:
+def _project(experts: Any, parameter: str, expert: int, x: Tensor) -> Tensor:
     weight = getattr(experts, parameter)[expert]
     bias = getattr(experts, f"{parameter}_bias")[expert] if experts.has_bias else None
     return linear(x.to(weight.dtype), weight.t() if experts.is_transposed else weight, bias)

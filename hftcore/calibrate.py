@@ -44,7 +44,7 @@ def calibrate(
         HftcoreError: no batch, or no counted token; and what `capture_energy` raises.
         NonFiniteError: a layer's input is not finite.
 
-    Warns when an expert saw no token: its energy is zero, so nothing is known about its weights.
+    Warns of layers and experts that saw no token: their energy is zero, so nothing is known about their weights.
 
     Source: Sun et al. 2023 (arXiv:2306.11695), and Huang et al. 2024 (arXiv:2408.09600) for the pass over the dense
     model; both feed the layers one after the other, which gives the same numbers when nothing is pruned on the way.
@@ -101,15 +101,13 @@ def prepared(
 
 
 def check_counts(energy: Energy, tokens: str) -> None:
-    """Refuse an energy without tokens and warn of experts without."""
+    """Refuse an energy without tokens, and warn of layers and experts without."""
     if not energy.tokens:
         what = "every label is -100" if tokens == "response" else "every token is padding"
         raise HftcoreError(f"batches hold no token to count: there is no batch, or {what}")
-    idle = [
-        f"{name}[{expert}]"
-        for name, count in energy.expert_tokens.items()
-        for expert in (count == 0).nonzero().flatten().tolist()
-    ]
+    idle = [name for name, value in energy.items() if name not in energy.expert_tokens and not value.any()]
+    for name, count in energy.expert_tokens.items():
+        idle += [f"{name}[{expert}]" for expert in (count == 0).nonzero().flatten().tolist()]
     if idle:
         more = f" and {len(idle) - 8} more" if len(idle) > 8 else ""
-        warnings.warn(f"experts that saw no token: {', '.join(idle[:8])}{more}; calibrate on more data", stacklevel=3)
+        warnings.warn(f"saw no token, so nothing is known about: {', '.join(idle[:8])}{more}", stacklevel=3)

@@ -79,6 +79,7 @@ class Meter:
             self.energy.expert_tokens[layer.name] = _zeros(layer)[:, 0].long()
         self.stray = ""
         self.depth = 0
+        self.mask: Tensor | None = None
         self._forget()
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
@@ -159,7 +160,7 @@ class Meter:
 
     def _forget(self) -> None:
         self.active = False
-        self.mask: Tensor | None = None
+        self.mask = None
         self.shape = (0, 0)
         self.seen: dict[str, Tensor] = {}
         self.routed: dict[str, Tensor] = {}
@@ -208,13 +209,12 @@ class Meter:
                 f"layer {name!r} saw tokens of shape {leading} where the token mask has {self.shape}; "
                 'exclude it, or use batches without padding and tokens="all"'
             )
-        mask = None if self.mask is None else self.mask.to(x.device)
+        mask = torch.ones(self.shape, dtype=torch.bool) if self.mask is None else self.mask
+        mask = mask.to(x.device)
         if not per_sample:
             return ops.column_energy(x, mask.reshape(leading))
-        value = torch.zeros(x.shape[-1], device=x.device)
-        for sample, rows in enumerate(x.view(*self.shape, x.shape[-1])):
-            value += ops.column_energy(rows, None if mask is None else mask[sample]).sqrt()
-        return value
+        rows = x.reshape(*self.shape, x.shape[-1])
+        return torch.stack([ops.column_energy(*sample).sqrt() for sample in zip(rows, mask, strict=True)]).sum(dim=0)
 
 
 def token_mask(inputs: Mapping[str, Any], tokens: str) -> tuple[Tensor | None, tuple[int, int]]:
@@ -241,9 +241,9 @@ def token_mask(inputs: Mapping[str, Any], tokens: str) -> tuple[Tensor | None, t
     if tokens == "response":
         labels = inputs.get("labels")
         if not isinstance(labels, Tensor) or tuple(labels.shape) != shape:
-            got = tuple(labels.shape) if isinstance(labels, Tensor) else labels
+            found = tuple(labels.shape) if isinstance(labels, Tensor) else labels
             raise HftcoreError(
-                f'tokens="response" needs labels of shape {list(shape)} with -100 outside the response, got {got}'
+                f'tokens="response" needs labels of shape {list(shape)} with -100 outside the response, got {found}'
             )
         response = labels != -100
         mask = response if mask is None else mask.to(response.device) & response

@@ -127,13 +127,13 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     Raises:
         HftcoreError: the model has no `nn.ModuleList`.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists: list[nn.ModuleList] = [module for module in model.modules() if isinstance(module, nn.ModuleList) and module]
     if not lists:
         raise HftcoreError(
             "the model has no nn.ModuleList of blocks, so it cannot be calibrated block by block; use sequential=False"
         )
     # max keeps the first of equals, and modules() yields an outer list before the lists inside it
-    return list(max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters())))
+    return [*max(lists, key=lambda members: sum(parameter.numel() for parameter in members.parameters()))]
 
 
 def _refuse_unusable(layer: Layer, weight: Tensor | None) -> None:

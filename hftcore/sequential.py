@@ -70,7 +70,8 @@ def _measure(
     with meter.hooked(model):
         for batch, call, x in zip(inputs, calls, hidden, strict=True):
             meter.begin(batch)
-            _run(block, call, x)
+            # a block may write into its input, which is needed once more
+            _run(block, call, x.clone())
             meter.end()
     meter.finish()
     check_counts(meter.energy, meter.tokens)
@@ -97,7 +98,7 @@ def _note_calls(
         first, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
         calls[index].append((rest, {key: value for key, value in kwargs.items() if key != "hidden_states"}))
         if index == 0:
-            hidden.append(first)
+            hidden.append(first.clone())
 
     with ExitStack() as stack:
         for index, block in enumerate(members):

@@ -335,6 +335,49 @@ def test_empty_data_is_refused(model):
         list(blockwise_energy(model, [], find_layers(model)))
 
 
+def test_layers_that_were_not_run_are_named():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = nn.Linear(2, 2)
+            self.idle = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.warns(UserWarning, match="saw no token, so nothing is known about: idle$"):
+        energy = calibrate(Half(), [{"x": torch.ones(1, 2)}])
+    assert energy["idle"].tolist() == [0.0, 0.0]
+
+
+def test_blocks_that_write_into_their_input_are_fed_right():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return x.add_(self.fc(x))
+
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block()])
+
+        def forward(self, inputs_embeds):
+            for block in self.blocks:
+                inputs_embeds = block(inputs_embeds)
+            return inputs_embeds
+
+    model = Stack()
+    x = torch.randn(1, 3, 2)
+    got = {}
+    for _, energy in blockwise_energy(model, [{"inputs_embeds": x.clone()}], find_layers(model)):
+        got |= energy
+    want = calibrate(model, [{"inputs_embeds": x.clone()}])
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_arguments_are_checked(model):
     one = batch()
     with pytest.raises(HftcoreError, match='tokens must be "all" or "response", got \'answer\''):

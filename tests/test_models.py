@@ -185,7 +185,7 @@ def calibrate_quietly(model: nn.Module, batches: list[dict[str, Tensor]]):
 def test_experts_that_saw_nothing_are_named():
     model = tiny_model("qwen3-moe")
     one = {"input_ids": torch.tensor([[5]])}
-    with pytest.warns(UserWarning, match=r"experts that saw no token: model\.layers\.0\.mlp\.experts\.down_proj\[\d\]"):
+    with pytest.warns(UserWarning, match=r"saw no token.*: model\.layers\.0\.mlp\.experts\.down_proj\[\d\]"):
         energy = calibrate(model, [one])
     count = energy.expert_tokens["model.layers.0.mlp.experts.down_proj"]
     assert int((count == 0).sum()) == 2

@@ -1,0 +1,70 @@
+"""Launch numbers of the Triton kernels: tile shapes and warps by op and shape. The only home of such numbers.
+
+A row is kept in registers as int32 keys, 64 a thread at most, while it fits one program; `tests/test_compile.py` holds that
+none of these choices spills.
+"""
+
+from typing import NamedTuple
+
+WIDEST_IN_REGISTERS = 16384  # columns
+
+
+COMBINE = 32  # columns of a program that adds partial energies: few, so that many run
+
+
+class Tile(NamedTuple):
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _warps(elements: int, each: int) -> int:
+    """Warps of 32 threads with `each` elements a thread, between 1 and 8."""
+    return min(8, max(1, power_of_two(elements) // (32 * each)))
+
+
+def row_tile(M: int, N: int, row_stride: int, column_stride: int) -> Tile:
+    """`block_n >= N` means that whole rows fit: they are then read once and kept."""
+    if abs(row_stride) < abs(column_stride) and M > 1 and N > 1:
+        return Tile(16, 512, 8)  # a transposed view: neighbours in memory are rows
+    if N > WIDEST_IN_REGISTERS:
+        return Tile(1, 4096, 8)
+    block_n = max(16, power_of_two(N))
+    block_m = min(max(1, 2048 // block_n), power_of_two(M))
+    return Tile(block_m, block_n, _warps(block_m * block_n, 64))
+
+
+def group_tile(N: int) -> Tile:
+    block_n = min(2048, max(64, power_of_two(N)))
+    return Tile(1, block_n, _warps(block_n, 16))
+
+
+def band_tile(M: int, N: int, row_stride: int, column_stride: int) -> Tile:
+    """Tiles of the ops that pass over a matrix once."""
+    if abs(row_stride) < abs(column_stride) and M > 1 and N > 1:
+        return Tile(64, 64, 4)
+    block_n = min(2048, max(16, power_of_two(N)))
+    block_m = min(max(1, 2048 // block_n), power_of_two(M))
+    return Tile(block_m, block_n, _warps(block_m * block_n, 16))
+
+
+def histogram_copies(bins: int) -> int:
+    """Copies of a histogram that share its atomic additions, summed at the end."""
+    return max(1, min(32, (1 << 17) // bins))
+
+
+class EnergyTile(NamedTuple):
+    block_t: int  # tokens summed in float32
+    block_n: int
+    tokens: int  # tokens of one program, a multiple of block_t
+    num_warps: int
+
+
+def energy_tile(T: int, N: int) -> EnergyTile:
+    # long runs for wide inputs; narrow ones need the parallelism of more programs over tokens
+    return EnergyTile(64, 64 if N < 8192 else 128, 512 if T * N > 1 << 22 else 128, 4)

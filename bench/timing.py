@@ -1,0 +1,179 @@
+"""Clocks, interleaved rounds and the witnesses of a noisy machine."""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+
+NOISY_CANARY = 1.25
+NOISY_NEIGHBOURS = 0.3
+FLUSH_BYTES = 256 << 20  # several times the largest L2 cache of a GPU
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median and the 20th and 80th percentile of some times, in their unit."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of the values lie, linear between neighbours.
+
+    Args:
+        values: at least one number, any order.
+        share: in [0, 1].
+
+    >>> percentile([4.0, 1.0, 2.0, 3.0, 5.0], 0.8)
+    4.2
+    """
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Median and spread of `values`.
+
+    >>> summary([3.0, 1.0, 2.0]).median
+    2.0
+    """
+    return Summary(statistics.median(values), percentile(values, 0.2), percentile(values, 0.8))
+
+
+def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Median over rounds of one variant's time over another's: both saw the same machine in a round, whatever it was doing.
+
+    Args:
+        numerator, denominator: times by round; the rounds that only one of them has are left out.
+
+    >>> paired_ratio([2.0, 20.0, 2.2], [1.0, 10.0])
+    2.0
+    """
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=False))
+
+
+class Clock:
+    """Times calls on one device: the wall clock on the CPU, CUDA events after a flush of the L2 cache on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+
+    def time(self, call: Call, inner: int = 1) -> float:
+        """Milliseconds of one call, the mean over `inner` calls in a row."""
+        if self._flush is not None:
+            self._flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(inner):
+                call()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / inner
+        start = time.perf_counter_ns()
+        for _ in range(inner):
+            call()
+        return (time.perf_counter_ns() - start) / 1e6 / inner
+
+
+class Canary:
+    """A fixed computation of some two milliseconds on all threads, timed along; it is slower when something else runs too."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._data = torch.linspace(0.1, 1.0, 1 << 20, device=clock.device)
+        self._out = torch.empty_like(self._data)
+        self.times: list[float] = []
+        clock.time(self._compute)
+
+    def _compute(self) -> None:
+        torch.sin(self._data, out=self._out)
+
+    def sing(self) -> None:
+        """Take one time."""
+        self.times.append(self._clock.time(self._compute))
+
+    def slowdown(self) -> float:
+        """Median over the fastest: 1.0 on a quiet machine."""
+        return statistics.median(self.times) / min(self.times)
+
+
+class Neighbours:
+    """CPU time of other processes since it was made, from /proc/stat; the canary's second witness, good over long spans only."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic(), self._busy(), time.process_time()
+
+    @staticmethod
+    def _busy() -> float | None:
+        try:
+            fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+    def cores(self) -> float | None:
+        """Cores that other processes kept busy on average; None where the system does not tell."""
+        wall, busy, own = self._start
+        now = self._busy()
+        if busy is None or now is None:
+            return None
+        spent = now - busy - (time.process_time() - own)
+        return max(0.0, spent / max(1e-9, time.monotonic() - wall))
+
+
+def is_noisy(canary: float, neighbours: float | None) -> bool:
+    """Whether times taken along these witnesses need a pinch of salt.
+
+    >>> is_noisy(1.05, 0.1), is_noisy(1.05, 0.5), is_noisy(1.6, None)
+    (False, True, True)
+    """
+    return canary > NOISY_CANARY or (neighbours or 0.0) > NOISY_NEIGHBOURS
+
+
+def interleave(
+    variants: Mapping[str, Call],
+    clock: Clock,
+    restore: Call,
+    rounds: int,
+    budget_s: float,
+    inner: int = 1,
+    canary: Canary | None = None,
+) -> dict[str, list[float]]:
+    """Times of every variant by round, in milliseconds.
+
+    A round runs each variant once on restored inputs; the order turns by one each round, so that nobody always follows the same
+    neighbour. A variant that has used up its budget sits out after its second round.
+
+    Args:
+        variants: name -> call.
+        restore: brings the inputs back; not timed.
+        rounds: at least 1.
+        budget_s: seconds of timed calls for each variant.
+        inner: calls in a row for one time (for calls of microseconds that need no restoring).
+        canary: sings before every time.
+    """
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            if len(times[name]) >= 2 and sum(times[name]) * inner > budget_s * 1000:
+                continue
+            restore()
+            if canary is not None:
+                canary.sing()
+            times[name].append(clock.time(variants[name], inner))
+    return times

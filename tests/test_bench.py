@@ -1,0 +1,350 @@
+"""The benchmark suite: cases agree with their peers, statistics and verdicts are right, and the GPU command refuses a CPU."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import hftcore
+from hftcore.bench import cases, gpu, measure, memory, results, timing
+from hftcore.bench.__main__ import app
+from hftcore.bench.ceiling import IN_PLACE
+from hftcore.bench.job import Case, Job, UnavailableError, shape_of
+from hftcore.bench.report import report
+from hftcore.bench.targets import TARGETS, Target
+
+CPU = torch.device("cpu")
+FIRST = [(name, case.shapes[0], dtype) for name, case in cases.CASES.items() for dtype in case.dtypes]
+FACTS = {
+    "machine": {"cpu": "Some CPU", "cores": 2, "simd": "avx2"},
+    "versions": {"torch": "2.13.0"},
+    "commit": "abc",
+    "date": "2026-01-01 00:00 UTC",
+}
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def measured(variant, times, kind="peer", case="prune_rows", shape="1gb", dtype="float32", **others):
+    spread = timing.summary(times)
+    rows, columns = shape_of(shape, getattr(torch, dtype))
+    values = {
+        "case": case,
+        "shape": shape,
+        "rows": rows,
+        "columns": columns,
+        "dtype": dtype,
+        "device": "cpu",
+        "backend": "native",
+        "threads": 2,
+        "variant": variant,
+        "kind": kind,
+        "times_ms": times,
+        "median_ms": spread.median,
+        "p20_ms": spread.p20,
+        "p80_ms": spread.p80,
+        "bytes_moved": 10**9,
+        "extra_bytes": 1_000_000,
+        "canary": 1.0,
+        "neighbours": 0.0,
+        "noisy": False,
+    }
+    return results.Measurement(**(values | others))
+
+
+def written(path, *measurements):
+    results.append(path, measurements, FACTS)
+    return path
+
+
+@pytest.mark.parametrize(("name", "shape", "dtype"), FIRST)
+def test_every_case_agrees_with_its_peers_on_its_first_shape(name, shape, dtype):
+    job = cases.CASES[name].prepare(shape, dtype, CPU)
+    assert job.peers, f"{name} is compared with nothing"
+    measure.agreed_answer(job)
+
+
+@pytest.mark.parametrize("name", ["prune_rows", "prune_matrix", "prune_2_4"])
+def test_restoring_brings_every_weight_back(name):
+    job = cases.CASES[name].prepare("tiny", torch.float32, CPU)
+    before = job.restore().clone()
+    assert not torch.equal(job.ours(), before)
+    assert torch.equal(job.restore(), before)
+
+
+def test_every_named_shape_exists_and_1gb_is_one_gibibyte():
+    for case in cases.CASES.values():
+        for shape in case.shapes:
+            for dtype in case.dtypes:
+                assert min(shape_of(shape, dtype)) > 0
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, columns = shape_of("1gb", dtype)
+        assert rows * columns * dtype.itemsize == 2**30
+
+
+def test_an_ideal_row_prune_reads_and_writes_each_weight_once():
+    assert cases.CASES["prune_rows"].bytes_moved(3, 5, 2) == 2 * 3 * 5 * 2 + 4 * 5
+
+
+def test_a_tie_broken_otherwise_agrees_and_another_weight_does_not():
+    weight = torch.tensor([[1.0, 2.0, 2.0, 4.0]])
+    agrees = cases.same_up_to_ties(weight, torch.ones(4), lambda matrix: matrix)
+    ours = torch.tensor([[0.0, 0.0, 2.0, 4.0]])
+    assert agrees(ours, ours)
+    assert agrees(ours, torch.tensor([[0.0, 2.0, 0.0, 4.0]]))
+    assert agrees(ours, torch.tensor([[0.0, 0.0, 0.0, 4.0]]))
+    assert not agrees(ours, torch.tensor([[0.0, 0.0, 2.0, 0.0]]))
+    assert not agrees(ours, torch.tensor([[1.0, 0.0, 0.0, 4.0]]))
+
+
+def test_a_tie_counts_only_inside_its_group():
+    weight = torch.tensor([[1.0, 2.0], [2.0, 3.0]])
+    rows = cases.same_up_to_ties(weight, torch.ones(2), lambda matrix: matrix)
+    ours = torch.tensor([[0.0, 2.0], [0.0, 3.0]])
+    assert not rows(ours, torch.tensor([[0.0, 0.0], [0.0, 3.0]]))
+    matrix = cases.same_up_to_ties(weight, torch.ones(2), lambda matrix: matrix.reshape(1, -1))
+    assert matrix(ours, torch.tensor([[0.0, 0.0], [2.0, 3.0]]))
+
+
+def job(ours, peer, check=lambda answer: None):
+    return Job(lambda: torch.tensor(ours), {"peer": lambda: torch.tensor(peer)}, lambda: None, torch.equal, check=check)
+
+
+def refuse(answer):
+    raise ValueError("removed 1 of 4")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [(job([1.0], [2.0]), "peer differs"), (job([1.0], [1.0], refuse), "removed 1 of 4")]
+)
+def test_nothing_is_timed_when_an_answer_is_wrong(monkeypatch, wrong, message):
+    monkeypatch.setitem(cases.CASES, "wrong", Case("", ("tiny",), None, lambda *_: wrong))
+    monkeypatch.setattr(measure, "interleave", lambda *_: pytest.fail("timed"))
+    with pytest.raises(measure.DisagreementError, match=message):
+        measure.measure("wrong", "tiny", torch.float32, CPU, measure.Effort())
+
+
+def test_a_failed_case_does_not_stop_the_next_and_is_told(monkeypatch):
+    def missing(*_):
+        raise UnavailableError("no model")
+
+    monkeypatch.setitem(cases.CASES, "wrong", Case("", ("tiny",), None, lambda *_: job([1.0], [2.0])))
+    monkeypatch.setitem(cases.CASES, "missing", Case("", ("tiny",), None, missing))
+    kept, said = [], []
+    wanted = [(name, "tiny", torch.float32) for name in ("wrong", "missing", "column_energy")]
+    complete = measure.run(wanted, CPU, measure.Effort(is_rehearsal=True), kept.extend, said.append)
+    assert not complete
+    assert {one.case for one in kept} == {"column_energy"}
+    assert "failed" in said[0]
+    assert "no model" in said[1]
+
+
+def test_a_run_starts_nothing_after_its_deadline():
+    said = []
+    wanted = [("column_energy", "tiny", torch.float32)]
+    assert not measure.run(wanted, CPU, measure.Effort(), pytest.fail, said.append, deadline=time.monotonic() - 1)
+    assert "the time is up" in said[0]
+
+
+def test_percentiles_are_linear_between_neighbours():
+    assert timing.percentile([10.0], 0.8) == 10.0
+    assert timing.percentile([0.0, 10.0], 0.25) == 2.5
+    assert timing.summary([5.0, 1.0, 3.0, 2.0, 4.0]) == timing.Summary(3.0, 1.8, 4.2)
+
+
+def test_a_paired_ratio_forgives_a_slow_round():
+    assert timing.paired_ratio([2.0, 200.0, 2.0, 2.0], [1.0, 100.0, 1.0, 4.0]) == 2.0
+    assert timing.paired_ratio([6.0, 6.0, 60.0], [2.0, 2.0]) == 3.0
+
+
+def test_rounds_are_interleaved_turned_and_restored():
+    ran = []
+
+    class Clock:
+        def time(self, call, inner):
+            call()
+            return 1.0
+
+    variants = {name: (lambda name=name: ran.append(name)) for name in "abc"}
+    times = timing.interleave(variants, Clock(), lambda: ran.append("-"), rounds=3, budget_s=9)
+    assert "".join(ran) == "-a-b-c-b-c-a-c-a-b"
+    assert times == {"a": [1.0] * 3, "b": [1.0] * 3, "c": [1.0] * 3}
+
+
+def test_a_slow_variant_sits_out_after_two_rounds():
+    class Clock:
+        def time(self, call, inner):
+            return call()
+
+    times = timing.interleave({"slow": lambda: 900.0, "fast": lambda: 1.0}, Clock(), lambda: None, 5, budget_s=1)
+    assert [len(times[name]) for name in ("slow", "fast")] == [2, 5]
+
+
+def test_the_canary_tells_a_machine_that_slows_down():
+    canary = timing.Canary(timing.Clock(CPU))
+    canary.times = [2.0, 2.0, 2.2]
+    assert canary.slowdown() == 1.0
+    canary.times = [2.0, 4.0, 4.0]
+    assert canary.slowdown() == 2.0
+    assert timing.is_noisy(canary.slowdown(), 0.0)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_extra_memory_is_what_a_call_takes_for_a_while(monkeypatch, sampled):
+    def take():
+        block = torch.ones(64 << 18)  # 64 MiB
+        time.sleep(0.01)
+        return float(block[0])
+
+    if sampled:
+        monkeypatch.setattr(memory.Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError))
+    assert 60 << 20 < memory.extra_bytes(take, CPU) < 80 << 20
+    assert memory.extra_bytes(lambda: None, CPU) < 4 << 20
+
+
+def test_a_result_file_keeps_the_last_of_each_measurement(tmp_path):
+    file = written(tmp_path / "sub" / "r.jsonl", measured("hftcore", [3.0], "ours"), measured("copy_", [1.0]))
+    written(file, measured("hftcore", [2.0], "ours"))
+    lines = results.load(file)
+    assert {line["variant"]: line["median_ms"] for line in lines} == {"hftcore": 2.0, "copy_": 1.0}
+    assert lines[0]["machine"] == FACTS["machine"]
+
+
+@pytest.mark.parametrize("bad", ["{", "[]", '{"case": "prune_rows"}'])
+def test_a_line_that_is_no_measurement_is_named(tmp_path, bad):
+    file = written(tmp_path / "r.jsonl", measured("hftcore", [3.0], "ours"))
+    file.write_text(file.read_text() + bad + "\n")
+    done = command("report", file)
+    assert done.exit_code == 1
+    assert "line 2 of r.jsonl" in done.output
+
+
+def test_facts_name_neither_host_nor_path():
+    text = json.dumps(results.run_facts(CPU))
+    assert str(Path.home()) not in text
+    assert str(Path(hftcore.__file__).parent) not in text
+    node = Path("/proc/sys/kernel/hostname")
+    assert not node.exists() or node.read_text().strip() not in text
+
+
+VERDICTS = [
+    (Target("c", "s", "d", "ratio", 3.0, IN_PLACE), 3.0, True),
+    (Target("c", "s", "d", "ratio", 2.9, IN_PLACE), 3.0, False),
+    (Target("c", "s", "d", "speedup", 1 / 3, IN_PLACE), 1 / 3, True),
+    (Target("c", "s", "d", "speedup", 0.5, IN_PLACE), 1 / 3, False),
+    (Target("c", "s", "d", "difference_us", 2000, IN_PLACE), 2000, True),
+    (Target("c", "s", "d", "extra_mb", 8), 9.0, False),
+    (Target("c", "s", "d", "extra_mb", 9.5), 9.0, True),
+]
+
+
+@pytest.mark.parametrize(("target", "value", "met"), VERDICTS)
+def test_a_target_is_measured_and_judged(target, value, met):
+    found = {
+        "hftcore": {"times_ms": [3.0, 3.0], "extra_bytes": 9_000_000},
+        IN_PLACE: {"times_ms": [1.0, 1.0], "extra_bytes": 0},
+    }
+    assert target.value(found.get) == pytest.approx(value)
+    assert target.is_met(target.value(found.get)) is met
+    assert target.value({}.get) is None
+
+
+def test_every_target_is_about_a_case_and_shape_that_exist():
+    for target in TARGETS:
+        case = cases.CASES[target.case]
+        assert target.shape in case.shapes
+        assert target.dtype in [str(dtype).removeprefix("torch.") for dtype in case.dtypes]
+
+
+def synthetic(path, mine=3.5, **others):
+    return written(
+        path,
+        measured("hftcore", [2 * mine, mine, mine], "ours", **others),
+        measured(IN_PLACE, [2.0, 1.0, 1.0], "ceiling", **others),
+        measured("hftcore", [1.0, 1.0], "ours", shape="llama-7b.up_proj", **others),
+        measured("Wanda-code sort", [160.0, 160.0], shape="llama-7b.up_proj", **others),
+    )
+
+
+def rows_of(text, start):
+    return [line for line in text.splitlines() if line.startswith(f"| {start}")]
+
+
+def test_the_report_gives_ratios_and_verdicts(tmp_path):
+    done = command("report", synthetic(tmp_path / "r.jsonl"))
+    assert done.exit_code == 0
+    in_place, memory_line, sort = rows_of(done.output, "prune_rows 1gb float32")[:2] + rows_of(
+        done.output, "prune_rows llama-7b.up_proj float32"
+    )
+    assert in_place.endswith("| 3.5 | **not met** |")
+    assert memory_line.endswith("| 1 | met |")
+    assert sort.endswith("| 160 | met |")
+    assert rows_of(done.output, "antidote")[0].endswith("| – | not measured |")
+    big = rows_of(done.output, "1gb [16384, 16384]")[0].split(" | ")
+    assert big[2] == "3.5"
+    assert big[4] == "286"  # 1 GB in 3.5 ms
+    assert big[5] == "3.5"
+
+
+def test_the_report_marks_noise_and_leaves_other_thread_counts_unjudged(tmp_path):
+    noisy = report(results.load(synthetic(tmp_path / "a.jsonl", mine=2.0, noisy=True)), "a.jsonl")
+    assert rows_of(noisy, "prune_rows 1gb float32")[0].endswith("| 2 | met, noisy |")
+    other = report(results.load(synthetic(tmp_path / "b.jsonl", threads=8)), "b.jsonl")
+    assert "not judged: it is for 2 threads, this run had 8" in rows_of(other, "prune_rows 1gb float32")[0]
+
+
+def test_an_empty_result_file_is_refused(tmp_path):
+    (tmp_path / "r.jsonl").touch()
+    done = command("report", tmp_path / "r.jsonl")
+    assert done.exit_code == 1
+    assert "holds no measurements" in done.output
+
+
+def test_list_names_every_case():
+    done = command("list")
+    assert done.exit_code == 0
+    assert all(f"{name}: {case.about}" in done.output for name, case in cases.CASES.items())
+
+
+def test_run_writes_measurements_and_prints_their_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "chosen", lambda names, quick: [("column_energy", "tiny", torch.float32)])
+    file = tmp_path / "r.jsonl"
+    done = command("run", "--quick", "--out", file)
+    assert done.exit_code == 0, done.output
+    lines = results.load(file)
+    assert {line["kind"] for line in lines} == {"ours", "peer", "ceiling"}
+    assert all(len(line["times_ms"]) == 3 for line in lines)
+    assert rows_of(done.output, "tiny [64, 96]")
+
+
+def test_run_refuses_a_case_it_does_not_know(tmp_path):
+    done = command("run", "--case", "prune_row")
+    assert done.exit_code == 1
+    assert "--case must be one of prune_rows," in done.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_refuses_a_machine_without_one_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = command("gpu")
+    assert done.exit_code == 1
+    assert done.output.startswith("error: hftcore-bench gpu needs a CUDA or ROCm device")
+    assert done.output.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rehearsal_takes_the_way_of_the_gpu_session(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(gpu, "_tests", lambda rehearse, say: True)
+    monkeypatch.setattr(
+        gpu, "chosen", lambda names, quick: [("column_energy", shape, torch.float32) for shape in ("tiny", "1gb")]
+    )
+    monkeypatch.setattr(gpu, "use_backend", lambda name: hftcore.use_backend("torch"))
+    file, went_well = gpu.session(tmp_path / "r.jsonl", True, lambda line: None)
+    assert went_well
+    assert {line["shape"] for line in results.load(file)} == {"tiny"}

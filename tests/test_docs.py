@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import hftcore
 import hftcore.bindings
@@ -26,7 +27,7 @@ def modules():
 @pytest.mark.parametrize("name", sorted(set(modules())))
 def test_docstring_examples(name):
     module = importlib.import_module(name)
-    names = {"hftcore": hftcore, **vars(hftcore), **vars(hftcore.ops), **vars(module)}
+    names = {"hftcore": hftcore, "torch": torch, **vars(hftcore), **vars(hftcore.ops), **vars(module)}
     assert doctest.testmod(module, extraglobs=names).failed == 0
 
 

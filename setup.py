@@ -1,6 +1,7 @@
 """Maps the top-level folders to import names and builds the optional native CPU library."""
 
 import platform
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
@@ -15,7 +16,9 @@ FOLDERS = {
 NATIVE = Extension(
     "hftcore.kernels.native._native",
     sources=["kernels/native/native.cpp"],
-    extra_compile_args=["-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=off", "-pthread"],
+    depends=[str(path) for path in sorted(Path("kernels/native").glob("*.h"))],
+    language="c++",
+    extra_compile_args=["-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
     extra_link_args=["-pthread"],
     optional=True,
 )

@@ -1,1 +1,310 @@
-"""Native CPU implementations."""
+"""Native CPU implementations: C++ called through ctypes, which releases the interpreter lock.
+
+The contract of the ops is in `kernels/README.md`. AVX-512, AVX2 or portable code is chosen at run time, and PyTorch's thread
+count decides how many threads may run. `HFTCORE_SIMD` or `use_simd` force one of the paths, for tests and comparisons.
+"""
+
+import ctypes
+import importlib.machinery
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SIMDS = ("portable", "avx2", "avx512")  # the index is the number the library knows the path by
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+OPS = (
+    "column_energy",
+    "nonfinite",
+    "prune_rows",
+    "prune_groups",
+    "score_histogram",
+    "tie_counts",
+    "cut",
+    "block_scores",
+    "masked_take",
+    "masked_put",
+    "fingerprint",
+    "mask_counts",
+)
+
+
+class _Job(ctypes.Structure):
+    """One call, field by field as `Job` in `common.h`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("dtype", "threads", "rows", "columns")),
+        ("weight", ctypes.c_void_p),
+        ("weight_row", ctypes.c_int64),
+        ("weight_column", ctypes.c_int64),
+        ("reference", ctypes.c_void_p),
+        ("reference_row", ctypes.c_int64),
+        ("reference_column", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("norm", "mask", "rowwise", "values")),
+        *((name, ctypes.c_int64) for name in ("invert", "a", "b", "c")),
+    )
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why there is none."""
+    folder = Path(__file__).parent
+    paths = [folder / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    built = [path for path in paths if path.exists()]
+    if not built:
+        return None, "the native library was not built; install a C++17 compiler and run `pip install` again"
+    try:
+        library = ctypes.CDLL(str(built[0]))
+        library.hftcore_run.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Job))
+    except (OSError, AttributeError) as error:
+        return None, f"the native library cannot be loaded ({error}); run `pip install` again"
+    return library, ""
+
+
+_library, _reason = _load()
+_forced: str | None = None
+
+
+def available() -> bool:
+    """Whether the library was built and can be loaded."""
+    return _library is not None
+
+
+def reason() -> str:
+    """Why the library is not available; empty when it is."""
+    return _reason
+
+
+def simds() -> tuple[str, ...]:
+    """The paths this machine can run, slowest first; empty where the library is not available."""
+    return () if _library is None else SIMDS[: _library.hftcore_best_simd() + 1]
+
+
+def simd() -> str:
+    """The path calls take now: "avx512", "avx2" or "portable"."""
+    usable = simds()
+    wanted = _forced or os.environ.get("HFTCORE_SIMD")
+    if wanted is None:
+        return usable[-1] if usable else "portable"
+    if wanted not in usable:
+        raise ValueError(f"HFTCORE_SIMD must be one of {', '.join(usable)} on this machine, got {wanted!r}")
+    return wanted
+
+
+@contextmanager
+def use_simd(name: str) -> Iterator[None]:
+    """Makes calls take the path `name` inside the block, on every thread.
+
+    Raises:
+        ValueError: if this machine cannot run it.
+    """
+    global _forced
+    if name not in simds():
+        raise ValueError(f"name must be one of {', '.join(simds())} on this machine, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _call(op: str, job: _Job) -> None:
+    if _library is None:
+        raise RuntimeError(f"hftcore.kernels.native.{op} needs the native library: {_reason}")
+    job.threads = torch.get_num_threads()
+    status = _library.hftcore_run(SIMDS.index(simd()), OPS.index(op), ctypes.byref(job))
+    if status == 1:
+        raise MemoryError(f"{op} could not allocate its work space; nothing was changed")
+    if status:
+        raise RuntimeError(f"{op} is unknown to the native library; run `pip install` again")
+
+
+def _matrix(weight: Tensor) -> _Job:
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
+    return _Job(
+        dtype=DTYPES[weight.dtype],
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        weight=weight.data_ptr(),
+        weight_row=weight.stride(0),
+        weight_column=weight.stride(1),
+    )
+
+
+def _scores(weight: Tensor, norm: Tensor, reference: Tensor | None) -> _Job:
+    job = _matrix(weight)
+    job.norm = norm.data_ptr()
+    if reference is not None:
+        job.reference = reference.data_ptr()
+        job.reference_row, job.reference_column = reference.stride()
+    return job
+
+
+def _changed(weight: Tensor) -> None:
+    """Lets autograd notice a tensor that was saved for backward and then changed here."""
+    if not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)
+
+
+def column_energy(x: Tensor, keep: Tensor | None) -> Tensor:
+    tokens, columns = x.shape
+    if x.numel() == 0:
+        return torch.zeros(columns)
+    job = _matrix(x)
+    # slabs of tokens depend on the shape alone, so that the sums do too
+    job.a = max(1024, -(-tokens // 64))
+    job.b = -(-columns // 1024)
+    total = torch.empty(-(-tokens // job.a), columns, dtype=torch.float64)
+    job.values = total.data_ptr()
+    if keep is not None:
+        keep = keep.contiguous()
+        job.mask = keep.data_ptr()
+    _call("column_energy", job)
+    energy = total[0]
+    for slab in total[1:]:
+        energy += slab
+    return energy.float()
+
+
+def nonfinite(weight: Tensor, norm: Tensor, reference: Tensor | None) -> int:
+    job = _scores(weight, norm, reference)
+    total = ctypes.c_int64(0)
+    job.values = ctypes.addressof(total)
+    if weight.numel():
+        _call("nonfinite", job)
+    return total.value
+
+
+def prune_rows(
+    weight: Tensor, norm: Tensor, reference: Tensor | None, count: int, invert: bool, mask: Tensor | None
+) -> int:
+    job = _scores(weight, norm, reference)
+    job.a, job.invert = count, invert
+    job.mask = None if mask is None else mask.data_ptr()
+    refused = ctypes.c_int64(0)
+    job.values = ctypes.addressof(refused)
+    if weight.numel():
+        _call("prune_rows", job)
+        if mask is None:
+            _changed(weight)
+    return refused.value
+
+
+def prune_groups(
+    weight: Tensor, norm: Tensor, reference: Tensor | None, n: int, m: int, invert: bool, mask: Tensor | None
+) -> int:
+    job = _scores(weight, norm, reference)
+    job.a, job.b, job.invert = n, m, invert
+    job.mask = None if mask is None else mask.data_ptr()
+    refused = ctypes.c_int64(0)
+    job.values = ctypes.addressof(refused)
+    if weight.numel():
+        _call("prune_groups", job)
+        if mask is None:
+            _changed(weight)
+    return refused.value
+
+
+def score_histogram(weight: Tensor, norm: Tensor, reference: Tensor | None, low: int, shift: int, bins: int) -> Tensor:
+    counts = torch.zeros(bins + 3, dtype=torch.int64)
+    job = _scores(weight, norm, reference)
+    job.a, job.b, job.c = low, shift, bins
+    job.values = counts.data_ptr()
+    if weight.numel():
+        _call("score_histogram", job)
+    return counts
+
+
+def tie_counts(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int) -> Tensor:
+    counts = torch.zeros(weight.shape[0], dtype=torch.int64)
+    job = _scores(weight, norm, reference)
+    job.a = key
+    job.rowwise = counts.data_ptr()
+    if weight.numel():
+        _call("tie_counts", job)
+    return counts
+
+
+def cut(
+    weight: Tensor,
+    norm: Tensor,
+    reference: Tensor | None,
+    key: int,
+    quota: Tensor,
+    invert: bool,
+    mask: Tensor | None,
+) -> None:
+    job = _scores(weight, norm, reference)
+    quota = quota.contiguous()
+    job.a, job.invert = key, invert
+    job.rowwise = quota.data_ptr()
+    job.mask = None if mask is None else mask.data_ptr()
+    if weight.numel():
+        _call("cut", job)
+        if mask is None:
+            _changed(weight)
+
+
+def block_scores(weight: Tensor, norm: Tensor, reference: Tensor | None, bm: int, bn: int) -> Tensor:
+    total = torch.empty(weight.shape[0] // bm, weight.shape[1] // bn)
+    job = _scores(weight, norm, reference)
+    job.a, job.b = bm, bn
+    job.values = total.data_ptr()
+    if total.numel():
+        _call("block_scores", job)
+    return total
+
+
+def _offsets(job: _Job, mask: Tensor) -> tuple[Tensor, int]:
+    """Where each row's entries begin among all marked ones, and how many there are."""
+    ends = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
+    job.mask, job.rowwise = mask.data_ptr(), ends[1:].data_ptr()
+    _call("mask_counts", job)
+    ends = ends.cumsum(0)
+    return ends, int(ends[-1])
+
+
+def masked_take(weight: Tensor, mask: Tensor) -> Tensor:
+    if not weight.numel():
+        return weight.new_empty(0)
+    job = _matrix(weight)
+    offsets, total = _offsets(job, mask)
+    values = torch.empty(total, dtype=weight.dtype)
+    job.rowwise, job.values = offsets.data_ptr(), values.data_ptr()
+    _call("masked_take", job)
+    return values
+
+
+def masked_put(weight: Tensor, mask: Tensor, values: Tensor | None) -> None:
+    if not weight.numel():
+        return
+    job = _matrix(weight)
+    if values is None:
+        job.mask = mask.data_ptr()
+        _call("masked_put", job)
+    else:
+        values = values.contiguous()
+        offsets, total = _offsets(job, mask)
+        if values.shape != (total,) or values.dtype != weight.dtype:
+            raise ValueError(
+                f"values must be {weight.dtype} of shape ({total},), one for each marked weight, "
+                f"got {values.dtype} {tuple(values.shape)}"
+            )
+        if total == 0:
+            return
+        job.rowwise, job.values = offsets.data_ptr(), values.data_ptr()
+        _call("masked_put", job)
+    _changed(weight)
+
+
+def fingerprint(bits: Tensor) -> int:
+    total = ctypes.c_uint64(0)
+    if bits.numel():
+        bits = bits.contiguous()
+        job = _Job(dtype=bits.element_size(), weight=bits.data_ptr(), a=bits.numel(), b=1 << 16)
+        job.values = ctypes.addressof(total)
+        _call("fingerprint", job)
+    return total.value

@@ -1,0 +1,177 @@
+// What every instruction set shares: the job a call describes, strided rows, and threads.
+// Everything here is compiled for the baseline instruction set.
+#pragma once
+
+#include <atomic>
+#include <cfenv>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace hftcore {
+
+constexpr int32_t FINITE = 0x7F800000;   // keys from here on are infinities and NaNs
+constexpr int32_t PADDING = 0x7FFFFFFF;  // fills a key buffer up to a multiple of BLOCK
+constexpr int64_t BLOCK = 64;            // columns handled as one machine word of mask bits
+constexpr int64_t SPAN = 2048;           // columns whose keys stay in the first-level cache
+constexpr int64_t GRAIN = 1 << 17;       // elements handed to a thread at a time
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Mirrored field by field by the ctypes structure in __init__.py. Strides count elements.
+struct Job {
+  int64_t dtype, threads, rows, columns;
+  void* weight;
+  int64_t weight_row, weight_column;
+  void* reference;
+  int64_t reference_row, reference_column;
+  const float* norm;
+  uint8_t* mask;
+  int64_t* rowwise;  // quotas, counts or offsets, one a row
+  void* values;      // the op's other array
+  int64_t invert, a, b, c;
+};
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Rows of a strided matrix as contiguous memory. Rows that are not contiguous are gathered a few at a time, so that a cache
+// line of a transposed matrix serves all the rows it holds.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t row, column, columns, pitch;
+  T* buffer;
+  int64_t first;
+
+  static int64_t pitch_of(int64_t columns) { return round_up(columns, 64) + 32; }
+
+  // how many rows are worth loading together
+  static int64_t together(int64_t columns) {
+    int64_t fit = (int64_t{1} << 20) / (pitch_of(columns) * int64_t{sizeof(T)});
+    int64_t line = 64 / int64_t{sizeof(T)};
+    return fit < 1 ? 1 : fit < line ? fit : line;
+  }
+
+  static int64_t scratch(int64_t columns) {
+    return round_up(together(columns) * pitch_of(columns) * int64_t{sizeof(T)}, 64);
+  }
+
+  Rows(void* data, int64_t row, int64_t column, int64_t columns, char* scratch)
+      : data(static_cast<T*>(data)),
+        row(row),
+        column(columns == 1 ? 1 : column),
+        columns(columns),
+        pitch(pitch_of(columns)),
+        buffer(reinterpret_cast<T*>(scratch)),
+        first(0) {}
+
+  bool direct() const { return column == 1; }
+
+  void load(int64_t begin, int64_t end) {
+    first = begin;
+    if (!data || direct()) return;
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t i = begin; i < end; ++i) buffer[(i - begin) * pitch + j] = data[i * row + j * column];
+  }
+
+  void save(int64_t begin, int64_t end) const {
+    if (direct()) return;
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t i = begin; i < end; ++i) data[i * row + j * column] = buffer[(i - begin) * pitch + j];
+  }
+
+  T* at(int64_t i) const {
+    if (!data) return nullptr;
+    return direct() ? data + i * row : buffer + (i - first) * pitch;
+  }
+};
+
+// Denormal scores count, also where the caller has switched flushing to zero on.
+class DefaultFloats {
+ public:
+  DefaultFloats() {
+    std::fegetenv(&saved_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloats() { std::fesetenv(&saved_); }
+  DefaultFloats(const DefaultFloats&) = delete;
+  DefaultFloats& operator=(const DefaultFloats&) = delete;
+
+ private:
+  std::fenv_t saved_;
+};
+
+class Chunks {
+ public:
+  Chunks(int64_t items, int64_t size) : items_(items), size_(size), next_(0) {}
+  bool next(int64_t& begin, int64_t& end) {
+    begin = next_.fetch_add(size_, std::memory_order_relaxed);
+    if (begin >= items_) return false;
+    end = begin + size_ < items_ ? begin + size_ : items_;
+    return true;
+  }
+
+ private:
+  int64_t items_, size_;
+  std::atomic<int64_t> next_;
+};
+
+using Body = void (*)(const void* context, char* scratch, Chunks& chunks);
+
+// Runs `body` on as many threads as there is work for, each with `scratch` bytes of its own. Returns false, with nothing
+// done, when that memory cannot be had. `size` is what one item costs, in elements; chunks hold a multiple of `unit` items.
+inline bool parallel(int64_t items, int64_t size, int64_t unit, int64_t threads, int64_t scratch, Body body,
+                     const void* context) {
+  if (items <= 0) return true;
+  if (size < 1) size = 1;
+  int64_t chunk = round_up(GRAIN / size > 1 ? GRAIN / size : 1, unit);
+  double work = double(items) * double(size) / (2.0 * GRAIN);
+  int64_t workers = threads;
+  if (work < double(workers)) workers = int64_t(work) + 1;
+  int64_t pieces = (items + chunk - 1) / chunk;
+  if (workers > pieces) workers = pieces;
+  if (workers < 1) workers = 1;
+  scratch = round_up(scratch + 64, 64);
+  char* memory = static_cast<char*>(std::malloc(size_t(scratch * workers + 64)));
+  if (!memory) return false;
+  char* aligned = memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64;
+
+  Chunks chunks(items, chunk);
+  struct Worker {
+    Body body;
+    const void* context;
+    char* scratch;
+    Chunks* chunks;
+    void operator()() const {
+      DefaultFloats floats;
+      body(context, scratch, *chunks);
+    }
+  };
+  {
+    std::vector<std::thread> pool;
+    try {
+      pool.reserve(size_t(workers));
+      for (int64_t i = 1; i < workers; ++i) pool.emplace_back(Worker{body, context, aligned + i * scratch, &chunks});
+    } catch (const std::exception&) {
+      // fewer threads than asked for: those that started and this one share the chunks
+    }
+    Worker{body, context, aligned, &chunks}();
+    for (std::thread& thread : pool) thread.join();
+  }
+  std::free(memory);
+  return true;
+}
+
+}  // namespace hftcore

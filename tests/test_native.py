@@ -1,0 +1,506 @@
+"""The native CPU ops give the bits of kernels/reference.py, on every instruction set this machine has."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hftcore.kernels import native, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (3, 1), (5, 7), (2, 63), (4, 64), (3, 65), (7, 200), (2, 1025), (3, 4096), (2, 5000)]
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
+
+
+@pytest.fixture(params=native.simds())
+def simd(request):
+    with native.use_simd(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+def normal(M, N, seed=0):
+    return torch.randn(M, N, generator=torch.Generator().manual_seed(seed))
+
+
+def with_outlier(M, N):
+    weight = normal(M, N)
+    weight[:, N // 2] = 6e4
+    return weight
+
+
+def half_zeros(M, N):
+    weight = normal(M, N)
+    weight[:, ::2] = 0
+    weight[:, ::4] = -0.0
+    return weight
+
+
+def shifting_rows(M, N):
+    """Rows whose thresholds say nothing about each other's, also relative to their means."""
+    weight = normal(M, N)
+    weight[::2] = weight[::2].abs() ** 6
+    return (weight * (1 + 30 * torch.arange(M)[:, None])).clamp(-6e4, 6e4)
+
+
+INPUTS = {
+    "normal": normal,
+    "all equal": lambda M, N: torch.full((M, N), -0.75),
+    "zeros": torch.zeros,
+    "minus zeros": lambda M, N: torch.full((M, N), -0.0),
+    "half zeros": half_zeros,
+    "one outlier": with_outlier,
+    "three values": lambda M, N: torch.randint(-1, 2, (M, N), generator=torch.Generator().manual_seed(1)) * 0.5,
+    "shifting rows": shifting_rows,
+    "small": lambda M, N: normal(M, N) * 1e-7,
+    "ascending": lambda M, N: torch.arange(M * N).view(M, N) / (M * N) + 1e-3,
+}
+
+
+def norms(N, tiny=False):
+    norm = torch.rand(N, generator=torch.Generator().manual_seed(7)) + 0.25
+    norm[::5] = 1.0
+    norm[3::11] = 0.0
+    # products with these are denormal numbers
+    return norm * 1e-38 if tiny else norm
+
+
+def strided(weight, layout):
+    """The same values in another memory layout."""
+    if layout == "transposed":
+        return weight.t().contiguous().t()
+    if layout == "sliced":
+        wide = torch.full((weight.shape[0] * 2, weight.shape[1] * 3 + 5), 9.0, dtype=weight.dtype)
+        view = wide[::2, 2 : 2 + 3 * weight.shape[1] : 3]
+        view.copy_(weight)
+        return view
+    return weight.clone()
+
+
+def bits(tensor):
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().view(width)
+
+
+def assert_same_bits(got, wanted):
+    assert got.dtype == wanted.dtype
+    assert got.shape == wanted.shape
+    assert torch.equal(bits(got), bits(wanted))
+
+
+def counts_of(N):
+    return sorted({0, 1, N // 2, N - N // 10, N - 1, N})
+
+
+def removed(weight, mask, other):
+    out = weight.clone()
+    out[mask] = 0 if other is None else other[mask]
+    return out
+
+
+def poisoned_mask(M, N):
+    return torch.full((M, -(-N // 8)), 0xA5, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("data", INPUTS)
+def test_prune_rows_removes_what_the_sort_removes(simd, dtype, data):
+    for M, N in SHAPES:
+        norm = norms(N)
+        weight = INPUTS[data](M, N).to(dtype)
+        for other in (None, normal(M, N, 3).to(dtype)):
+            for count in counts_of(N):
+                for invert in (False, True):
+                    wanted = reference.row_mask(weight, norm, other, count, invert)
+                    mask = poisoned_mask(M, N)
+                    before = weight.clone()
+                    assert native.prune_rows(weight, norm, other, count, invert, mask) == 0
+                    assert torch.equal(mask, reference.pack(wanted))
+                    assert_same_bits(weight, before)
+                    pruned = weight.clone()
+                    assert native.prune_rows(pruned, norm, other, count, invert, None) == 0
+                    assert_same_bits(pruned, removed(weight, wanted, other))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced"])
+def test_any_strides_give_the_same_bits(simd, dtype, layout):
+    for M, N in [(1, 1), (3, 1), (1, 9), (37, 70), (20, 300)]:
+        norm = norms(N)
+        weight, other = normal(M, N).to(dtype), normal(M, N, 3).to(dtype)
+        for ref in (None, strided(other, layout), other):
+            view = strided(weight, layout)
+            plain = None if ref is None else other
+            wanted = reference.row_mask(weight, norm, plain, N // 2, False)
+            assert native.prune_rows(view, norm, ref, N // 2, False, None) == 0
+            assert_same_bits(view, removed(weight, wanted, plain))
+
+            view = strided(weight, layout)
+            quota = torch.ones(M, dtype=torch.int64)
+            key = int(reference.keys(weight, norm, plain)[0, 0])
+            wanted = reference.cut_mask(weight, norm, plain, key, quota, True)
+            native.cut(view, norm, ref, key, quota, True, None)
+            assert_same_bits(view, removed(weight, wanted, plain))
+
+            view = strided(weight, layout)
+            assert native.nonfinite(view, norm, ref) == 0
+            assert torch.equal(
+                native.score_histogram(view, norm, ref, 0, 20, 2048),
+                reference.score_histogram(weight, norm, plain, 0, 20, 2048),
+            )
+        view = strided(weight, layout)
+        mask = reference.pack(weight > 0)
+        assert_same_bits(native.masked_take(view, mask), weight[weight > 0])
+        native.masked_put(view, mask, None)
+        assert_same_bits(view, removed(weight, weight > 0, None))
+        assert_same_bits(
+            native.block_scores(weight, norm, None, 1, N), reference.block_scores(weight, norm, None, 1, N)
+        )
+
+
+def test_elements_between_the_rows_of_a_slice_are_not_touched(simd, dtype):
+    wide = torch.full((8, 200), 9.0, dtype=dtype)
+    wide[::2, 3:70] = normal(4, 67).to(dtype)
+    before = wide.clone()
+    native.prune_rows(wide[::2, 3:70], norms(67), None, 67, False, None)
+    before[::2, 3:70] = 0
+    assert_same_bits(wide, before)
+
+
+def test_denormal_scores_count_even_where_the_caller_flushes_them(simd, dtype):
+    M, N = 3, 333
+    weight, norm = normal(M, N).to(dtype), norms(N, tiny=True)
+    wanted = reference.row_mask(weight, norm, None, N // 2, False)
+    mask = poisoned_mask(M, N)
+    try:
+        torch.set_flush_denormal(True)
+        native.prune_rows(weight, norm, None, N // 2, False, mask)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(mask, reference.pack(wanted))
+    tiny = (torch.arange(-N, 0).abs() * 1.0).to(torch.int16).view(1, N)
+    tiny = tiny.view(dtype) if dtype.itemsize == 2 else tiny.int().view(torch.float32)
+    native.prune_rows(tiny, torch.ones(N), None, 10, False, None)
+    assert int((tiny == 0).sum()) == 10
+    assert bool((tiny[0, -10:] == 0).all())
+
+
+def test_every_float16_and_bfloat16_value_has_its_own_key(simd):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        finite = every.view(dtype)[every.view(dtype).isfinite()].view(4, -1)
+        norm = torch.full((finite.shape[1],), 0.7)
+        wanted = reference.keys(finite, norm, None)
+        for row in range(4):
+            for count in (1, 777, finite.shape[1] // 2, finite.shape[1] - 5):
+                mask = reference.lowest(wanted[row : row + 1], count)
+                got = torch.zeros_like(reference.pack(mask))
+                native.prune_rows(finite[row : row + 1], norm, None, count, False, got)
+                assert torch.equal(got, reference.pack(mask))
+
+
+def test_rows_and_groups_with_a_non_finite_score_are_left_and_counted(simd, dtype):
+    for N in (8, 72, 200, 2100):
+        weight, norm = normal(6, N).to(dtype), norms(N)
+        norm[:] += 0.5
+        weight[1, N - 1] = torch.nan
+        weight[3, 0] = torch.inf
+        weight[4, N // 2] = -torch.nan
+        bad = [1, 3, 4]
+        assert native.nonfinite(weight, norm, None) == 3
+        wanted = reference.row_mask(weight, norm, None, N // 2, True)
+        wanted[bad] = False
+        pruned, mask = weight.clone(), poisoned_mask(6, N)
+        assert native.prune_rows(pruned, norm, None, N // 2, True, None) == 3
+        assert_same_bits(pruned, removed(weight, wanted, None))
+        assert native.prune_rows(weight, norm, None, N // 2, True, mask) == 3
+        assert torch.equal(mask, reference.pack(wanted))
+
+        wanted = reference.group_mask(weight, norm, None, 2, 4, False)
+        for row, column in ((1, N - 4), (3, 0), (4, N // 8 * 4)):
+            wanted[row, column : column + 4] = False
+        pruned, mask = weight.clone(), poisoned_mask(6, N)
+        assert native.prune_groups(pruned, norm, None, 2, 4, False, None) == 3
+        assert_same_bits(pruned, removed(weight, wanted, None))
+        assert native.prune_groups(weight, norm, None, 2, 4, False, mask) == 3
+        assert torch.equal(mask, reference.pack(wanted))
+
+        counts = native.score_histogram(weight, norm, None, 0x3F000000, 18, 64)
+        assert counts[-1] == 3
+        assert counts.sum() == weight.numel()
+
+
+def test_a_product_that_overflows_is_a_non_finite_score(simd):
+    weight, norm = torch.full((2, 70), 1e30), torch.ones(70)
+    norm[69] = 1e10
+    assert native.nonfinite(weight, norm, None) == 2
+    assert native.nonfinite(weight, norm, weight) == 0
+    # infinity times zero is not a number, whatever its sign
+    norm[69] = 0
+    weight[0, 69] = torch.inf
+    assert native.nonfinite(weight, norm, None) == 1
+    assert native.prune_rows(weight, norm, None, 35, False, None) == 1
+
+
+@pytest.mark.parametrize("data", ["normal", "all equal", "half zeros", "three values"])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (4, 8), (0, 4), (4, 4), (3, 5), (13, 40), (31, 64), (63, 64)])
+def test_prune_groups_removes_n_of_every_m(simd, dtype, data, n, m):
+    for M, groups in [(1, 1), (3, 2), (2, 17), (3, 130)]:
+        N = m * groups
+        weight, norm = INPUTS[data](M, N).to(dtype), norms(N)
+        for other in (None, normal(M, N, 3).to(dtype)):
+            for invert in (False, True):
+                wanted = reference.group_mask(weight, norm, other, n, m, invert)
+                mask, pruned = poisoned_mask(M, N), weight.clone()
+                assert native.prune_groups(weight, norm, other, n, m, invert, mask) == 0
+                assert torch.equal(mask, reference.pack(wanted))
+                assert native.prune_groups(pruned, norm, other, n, m, invert, None) == 0
+                assert_same_bits(pruned, removed(weight, wanted, other))
+
+
+WINDOWS = [
+    (0, 20, 2048),
+    (0, 13, 1 << 18),
+    (0x3E800000, 12, 1024),
+    (0x3F000000, 0, 4),
+    (0x7F000000, 20, 64),
+    (0x7F800000, 3, 8),
+    (1, 31, 1),
+    (0x3F800000, 40, 2),
+]
+
+
+@pytest.mark.parametrize("data", ["normal", "all equal", "half zeros", "shifting rows"])
+def test_score_histogram_counts_every_key_once(simd, dtype, data):
+    for M, N in [(1, 1), (5, 7), (3, 65), (2, 2048), (3, 5000)]:
+        weight, norm = INPUTS[data](M, N).to(dtype), norms(N)
+        for other in (None, normal(M, N, 3).to(dtype)):
+            for window in WINDOWS:
+                counts = native.score_histogram(weight, norm, other, *window)
+                assert torch.equal(counts, reference.score_histogram(weight, norm, other, *window)), window
+                assert counts.sum() == M * N
+
+
+@pytest.mark.parametrize("data", INPUTS)
+def test_tie_counts_and_cut_agree_with_the_reference(simd, dtype, data):
+    for M, N in [(1, 1), (3, 65), (7, 200), (3, 5000)]:
+        weight, norm = INPUTS[data](M, N).to(dtype), norms(N)
+        for other in (None, normal(M, N, 3).to(dtype)):
+            every = reference.keys(weight, norm, other)
+            for key in {0, int(every.max()), int(every.flatten().median()), int(every.flatten().median()) + 1}:
+                ties = reference.tie_counts(weight, norm, other, key)
+                assert torch.equal(native.tie_counts(weight, norm, other, key), ties)
+                for quota in (ties, ties // 2, torch.zeros_like(ties)):
+                    for invert in (False, True):
+                        wanted = reference.cut_mask(weight, norm, other, key, quota, invert)
+                        mask, pruned = poisoned_mask(M, N), weight.clone()
+                        native.cut(weight, norm, other, key, quota, invert, mask)
+                        assert torch.equal(mask, reference.pack(wanted))
+                        native.cut(pruned, norm, other, key, quota, invert, None)
+                        assert_same_bits(pruned, removed(weight, wanted, other))
+
+
+@pytest.mark.parametrize(("bm", "bn"), [(1, 1), (2, 5), (3, 64), (6, 20), (1, 320), (6, 320)])
+def test_block_scores_sum_in_row_major_order(simd, dtype, bm, bn):
+    weight, norm = normal(6, 320).to(dtype), norms(320)
+    for other in (None, normal(6, 320, 3).to(dtype)):
+        got = native.block_scores(weight, norm, other, bm, bn)
+        assert_same_bits(got, reference.block_scores(weight, norm, other, bm, bn))
+
+
+def test_masked_take_and_put_are_each_others_inverse(simd, dtype):
+    for M, N in SHAPES:
+        weight = normal(M, N).to(dtype)
+        for marked in (weight > 0, weight > -9, weight > 9, torch.arange(N).expand(M, N) % 7 == 3):
+            mask = reference.pack(marked)
+            values = native.masked_take(weight, mask)
+            assert_same_bits(values, reference.masked_take(weight, mask))
+            changed = weight.clone()
+            native.masked_put(changed, mask, None)
+            assert_same_bits(changed, removed(weight, marked, None))
+            native.masked_put(changed, mask, values)
+            assert_same_bits(changed, weight)
+
+
+def test_masked_put_refuses_values_that_do_not_fit():
+    weight, mask = torch.ones(2, 8), torch.full((2, 1), 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"values must be .* \(4,\)"):
+        native.masked_put(weight, mask, torch.zeros(5))
+    with pytest.raises(ValueError, match="values must be"):
+        native.masked_put(weight, mask, torch.zeros(4, dtype=torch.bfloat16))
+    assert torch.equal(weight, torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("width", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_fingerprint_is_the_sum_of_mixed_elements(simd, width):
+    info = torch.iinfo(width)
+    for size in (0, 1, 7, 1000):
+        values = torch.randint(max(info.min, -(2**62)), min(info.max, 2**62), (size,), dtype=torch.int64).to(width)
+        assert native.fingerprint(values) == reference.fingerprint(values)
+
+
+def test_column_energy_is_close_to_float64(simd, dtype):
+    for T, N in [(1, 1), (63, 5), (65, 1030), (1500, 70), (3000, 3)]:
+        x = normal(T, N).to(dtype)
+        for keep in (
+            None,
+            torch.rand(T, generator=torch.Generator().manual_seed(2)) < 0.6,
+            torch.zeros(T, dtype=torch.bool),
+        ):
+            wanted = reference.column_energy(x, keep)
+            for layout in ("plain", "transposed", "sliced"):
+                got = native.column_energy(strided(x, layout), keep)
+                assert got.dtype == torch.float32
+                torch.testing.assert_close(got, wanted, rtol=4e-6, atol=0)
+
+
+def test_column_energy_skips_tokens_that_are_not_kept(simd, dtype):
+    x = torch.full((70, 3), torch.nan, dtype=dtype)
+    x[::7] = 2
+    keep = torch.zeros(70, dtype=torch.bool)
+    keep[::7] = True
+    assert native.column_energy(x, keep).tolist() == [40.0] * 3
+
+
+def test_thread_count_never_changes_a_result(simd):
+    M, N = 700, 1536
+    weight = shifting_rows(M, N)
+    weight[5] = 0.5
+    norm, x = norms(N), normal(9000, 300)
+    quota = torch.arange(M) % 3
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            pruned, grouped = weight.clone(), weight.clone()
+            native.prune_rows(pruned, norm, None, N // 2, False, None)
+            native.prune_groups(grouped, norm, None, 2, 4, False, None)
+            mask = poisoned_mask(M, N)
+            native.cut(weight, norm, None, 0x3F000000, quota, False, mask)
+            results.append(
+                [
+                    pruned,
+                    grouped,
+                    mask.int(),
+                    native.column_energy(x, None),
+                    native.score_histogram(weight, norm, None, 0x3F000000, 16, 128),
+                    native.block_scores(weight, norm, None, 7, 16),
+                    native.masked_take(weight, mask),
+                    torch.tensor(native.fingerprint(weight.view(torch.int32)) % 2**62),
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert_same_bits(one, two)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 6),
+    st.integers(1, 700),
+    st.integers(0, 2**31),
+    st.floats(0, 1),
+    st.sampled_from([0.0, 0.5, 3.0, 12.0]),
+    st.sampled_from([2, 30, 10**6]),
+    st.sampled_from(DTYPES),
+)
+def test_rows_of_any_shape_and_tail_keep_exactly_the_right_weights(M, N, seed, share, tail, levels, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(M, N, generator=generator)
+    weight = weight.sign() * weight.abs() ** (1 + tail / 4)
+    weight = ((weight * levels).round() / levels).clamp(-6e4, 6e4).to(dtype)
+    norm = torch.rand(N, generator=generator) ** (1 + tail)
+    count = int(N * share)
+    wanted = reference.pack(reference.row_mask(weight, norm, None, count, False))
+    for name in native.simds():
+        with native.use_simd(name):
+            mask = poisoned_mask(M, N)
+            native.prune_rows(weight, norm, None, count, False, mask)
+            assert torch.equal(mask, wanted)
+
+
+def test_values_chosen_to_defeat_the_samples_are_still_selected_exactly(simd):
+    N = 4096
+    weight = torch.rand(6, N, generator=torch.Generator().manual_seed(4)) + 1
+    weight[:, :: N // 64] = 1e-20
+    weight[1, 1 :: N // 64] = 1e20
+    weight[2] = torch.exp2(torch.arange(N) % 250 - 125.0)
+    weight[3] = torch.arange(1, N + 1).to(torch.int32).view(torch.float32)
+    weight[4] = (0x3F800000 + torch.arange(N)).to(torch.int32).view(torch.float32).flip(0)
+    norm = torch.ones(N)
+    for count in (1, 2, 63, 64, 65, 1000, N // 2, N - 2, N - 1):
+        wanted = reference.row_mask(weight, norm, None, count, False)
+        mask = poisoned_mask(6, N)
+        native.prune_rows(weight, norm, None, count, False, mask)
+        assert torch.equal(mask, reference.pack(wanted))
+
+
+def test_very_wide_and_empty_matrices(simd):
+    N = 70001
+    weight, norm = normal(2, N), norms(N)
+    wanted = reference.row_mask(weight, norm, None, 35000, False)
+    for view in (weight.clone(), strided(weight, "transposed")):
+        native.prune_rows(view, norm, None, 35000, False, None)
+        assert_same_bits(view, removed(weight, wanted, None))
+    for shape in ((0, 5), (5, 0), (0, 0)):
+        empty, one = torch.empty(shape), torch.ones(shape[1])
+        mask = torch.empty(shape[0], -(-shape[1] // 8), dtype=torch.uint8)
+        assert native.prune_rows(empty, one, None, 0, False, None) == 0
+        assert native.prune_rows(empty, one, None, 0, False, mask) == 0
+        assert native.nonfinite(empty, one, None) == 0
+        assert native.score_histogram(empty, one, None, 0, 20, 4).tolist() == [0] * 7
+        assert native.tie_counts(empty, one, None, 0).tolist() == [0] * shape[0]
+        assert native.masked_take(empty, mask).shape == (0,)
+        native.masked_put(empty, mask, None)
+        native.cut(empty, one, None, 0, torch.zeros(shape[0], dtype=torch.int64), False, None)
+        assert native.column_energy(empty, None).tolist() == [0.0] * shape[1]
+
+
+def test_autograd_notices_an_edit_of_a_saved_tensor():
+    weight = torch.nn.Parameter(torch.ones(4, 8))
+    loss = weight.square().sum()
+    with torch.no_grad():
+        native.prune_rows(weight, torch.ones(8), None, 4, False, None)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_unknown_paths_are_refused_by_name(monkeypatch):
+    with pytest.raises(ValueError, match="name must be one of portable"), native.use_simd("mmx"):
+        pass
+    monkeypatch.setenv("HFTCORE_SIMD", "mmx")
+    with pytest.raises(ValueError, match="HFTCORE_SIMD must be one of portable"):
+        native.simd()
+    monkeypatch.setenv("HFTCORE_SIMD", "portable")
+    assert native.simd() == "portable"
+
+
+def test_an_install_without_a_compiler_still_succeeds(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    for name in ("setup.py", "kernels/native/native.cpp"):
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, target)
+    for name in ("hftcore", "kernels", "bindings", "bench"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out", "--build-temp", "temp"],
+        cwd=tmp_path,
+        env={"PATH": "/nonexistent", "CC": "no-such-compiler", "CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.so"))

@@ -204,7 +204,8 @@ class Meter:
         if self.mask is None and not per_sample:
             return ops.column_energy(x)
         leading = tuple(x.shape[:-1])
-        if leading not in (self.shape, (math.prod(self.shape),)):
+        # flattened, or with axes of length 1 between, as latent attention has them
+        if leading != (math.prod(self.shape),) and _thin(leading) != _thin(self.shape):
             raise HftcoreError(
                 f"layer {name!r} saw tokens of shape {leading} where the token mask has {self.shape}; "
                 'exclude it, or use batches without padding and tokens="all"'
@@ -263,6 +264,10 @@ def _check_finite(seen: Mapping[str, Tensor]) -> None:
                 f"the input of layer {name!r} holds NaN or infinity, or overflows when squared, in feature {feature}; "
                 "look at the model and the data"
             )
+
+
+def _thin(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def _zeros(layer: Layer) -> Tensor:

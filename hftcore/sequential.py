@@ -58,7 +58,9 @@ def blockwise_energy(
             if index > last:
                 return
             if home:
-                yield home, _measure(model, block, Meter(home, tokens), inputs, calls[index], hidden)
+                energy = _measure(model, block, Meter(home, tokens), inputs, calls[index], hidden)
+                check_counts(energy, tokens)
+                yield home, energy
             for number, x in enumerate(hidden) if index < last else ():
                 hidden[number] = _run(block, calls[index][number], x)
 
@@ -74,7 +76,6 @@ def _measure(
             _run(block, call, x.clone())
             meter.end()
     meter.finish()
-    check_counts(meter.energy, meter.tokens)
     return meter.energy
 
 

@@ -20,6 +20,7 @@ SMALL = {
 }
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0}
 OPT = {key: value for key, value in SMALL.items() if key not in ("intermediate_size", "num_key_value_heads")}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 MOE = SMALL | {"num_experts_per_tok": 2}
 
 SETTINGS: dict[str, tuple[str, dict]] = {
@@ -37,6 +38,7 @@ SETTINGS: dict[str, tuple[str, dict]] = {
     "gpt2": ("GPT2", GPT2),
     "opt": ("OPT", OPT | {"ffn_dim": 48, "word_embed_proj_dim": 16}),
     "gpt-neox": ("GPTNeoX", {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}),
+    "deepseek-v3": ("DeepseekV3", SMALL | LATENT | {"num_key_value_heads": 4, "first_k_dense_replace": 2}),
     "qwen3-moe": ("Qwen3Moe", MOE | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8}),
     "mixtral": ("Mixtral", MOE | {"num_local_experts": 4}),
     "gpt-oss": ("GptOss", MOE | {"num_local_experts": 4, "head_dim": 8, "sliding_window": 4}),

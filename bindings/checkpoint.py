@@ -1,14 +1,12 @@
 """Edits on checkpoint folders: tensors are patched inside the `.safetensors` files, and no model is ever loaded."""
 
-import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,28 +14,17 @@ from torch import Tensor
 
 from hftcore.bindings.output import check_output
 from hftcore.bindings.progress import Track
+from hftcore.bindings.stored import DTYPES, StoredTensor, list_tensors
 from hftcore.edit import Edit, TensorEdit, apply_tensor_, check_fingerprint, fingerprint, revert_tensor_
 from hftcore.errors import HftcoreError
 from hftcore.files import whole_folder
 
-# the format's own limit
-MAX_HEADER = 100_000_000
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16}
-ITEM_BITS |= {"BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
-
 _ADAPTER = re.compile(r"\.(lora_[A-Za-z_]+)\.[^.]+(\.weight)?$")
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies: bytes [start, stop) of `file`."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
+# how fused experts are split in files: (their module's name in memory, on disk), and the matrices that follow each other in one
+_EXPERTS = (
+    (("mlp.experts", "mlp.experts"), {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}),
+    (("mlp.experts", "block_sparse_moe.experts"), {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}),
+)
 
 
 def apply_edit(edit: Edit, model: str | Path, out: str | Path) -> None:
@@ -72,14 +59,25 @@ def _patch(edit: Edit, model: Path, out: str | Path, action: Literal["apply", "r
     write = apply_tensor_ if action == "apply" else revert_tensor_
     stored = list_tensors(model)
     places = {name: _find(name, entry, stored) for name, entry in edit.tensors.items()}
-    for name in Track(places, "check"):
-        check_fingerprint(name, fingerprint(_tensor(places[name], "c")), edit.tensors[name], before)
+    for name, entry in Track(edit.tensors.items(), "check"):
+        whole = _fused([_tensor(part, "c") for part in places[name]], entry)
+        check_fingerprint(name, fingerprint(whole), entry, before)
     with whole_folder(target) as work:
         _copy(model, work)
-        for name in Track(places, action):
-            tensor = _tensor(replace(places[name], file=work / places[name].file.name), "r+")
-            write(tensor, edit.tensors[name])
-            check_fingerprint(name, fingerprint(tensor), edit.tensors[name], after)
+        for name, entry in Track(edit.tensors.items(), action):
+            parts = [_tensor(replace(part, file=work / part.file.name), "r+") for part in places[name]]
+            whole = _fused(parts, entry)
+            write(whole, entry)
+            if len(parts) > 1:
+                rows = whole.reshape(-1, whole.shape[-1]).split([len(part) for part in parts])
+                for part, changed in zip(parts, rows, strict=True):
+                    part.copy_(changed)
+            check_fingerprint(name, fingerprint(_fused(parts, entry)), entry, after)
+
+
+def _fused(parts: list[Tensor], entry: TensorEdit) -> Tensor:
+    """The tensor as the model holds it: the stored one itself, or a copy of the experts' matrices in one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts).reshape(entry.shape)
 
 
 def _tensor(place: StoredTensor, mode: Literal["c", "r+"]) -> Tensor:
@@ -102,27 +100,48 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(item, target / item.name)
 
 
-def _find(name: str, entry: TensorEdit, stored: Mapping[str, StoredTensor]) -> StoredTensor:
-    """The stored tensor that a parameter's name in memory means, once the edit is known to fit it."""
-    place = next((stored[candidate] for candidate in names_on_disk(name) if candidate in stored), None)
-    if place is None:
+def _find(name: str, entry: TensorEdit, stored: Mapping[str, StoredTensor]) -> list[StoredTensor]:
+    """Where a parameter lies, in one piece or as the matrices of its experts, once the edit is known to fit it."""
+    single = next((stored[candidate] for candidate in names_on_disk(name) if candidate in stored), None)
+    parts = [single] if single else _split_experts(name, entry, stored)
+    if not parts:
         raise HftcoreError(
             f"the checkpoint has no tensor {name!r}, which this edit changes; if its files name or split tensors in "
-            "another way than the model (fused experts), use edit.apply(model) and model.save_pretrained in Python"
+            "another way than the model, use edit.apply(model) and model.save_pretrained in Python"
         )
-    dtype = str(DTYPES.get(place.dtype, place.dtype)).removeprefix("torch.")
-    if (place.shape, dtype) != (tuple(entry.shape), entry.dtype):
+    # experts' matrices, one below the other, fill the fused parameter
+    shape = single.shape if single else (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    wanted = tuple(entry.shape) if single else (math.prod(entry.shape[:-1]), entry.shape[-1])
+    dtypes = {str(DTYPES.get(part.dtype, part.dtype)).removeprefix("torch.") for part in parts}
+    if shape != wanted or dtypes != {entry.dtype} or len({part.shape[1:] for part in parts}) != 1:
         raise HftcoreError(
-            f"{name} in {place.file.name} is {dtype} {list(place.shape)}, the edit was made on {entry.dtype} "
-            f"{list(entry.shape)}; make the edit on the model in the dtype of its files"
+            f"{name} in {parts[0].file.name} is {' and '.join(sorted(dtypes))} {list(shape)}, the edit was made on "
+            f"{entry.dtype} {list(wanted)}; make the edit on the model in the dtype of its files"
         )
-    *experts, rows, columns = place.shape if len(place.shape) in (2, 3) else (0, 0)
+    *experts, rows, columns = entry.shape if len(entry.shape) in (2, 3) else (0, 0)
     if entry.transposed:
         rows, columns = columns, rows
     packed = (math.prod(experts) * rows, (columns + 7) // 8)
-    if entry.mask.shape != packed or DTYPES[place.dtype] != entry.before.dtype:
+    if entry.mask.shape != packed or str(entry.before.dtype) != f"torch.{entry.dtype}":
         raise HftcoreError(f"the edit of {name!r} does not fit its own shape {list(entry.shape)}; copy the edit again")
-    return place
+    return parts
+
+
+def _split_experts(name: str, entry: TensorEdit, stored: Mapping[str, StoredTensor]) -> list[StoredTensor]:
+    """The stored matrices of fused experts, expert by expert; empty if the files do not hold them all."""
+    module, _, parameter = name.rpartition(".")
+    if len(entry.shape) != 3 or entry.transposed:
+        return []
+    for (in_memory, on_disk), matrices in _EXPERTS:
+        prefix = module.removesuffix(in_memory) + on_disk
+        names = [
+            f"{prefix}.{expert}.{part}.weight"
+            for expert in range(entry.shape[0])
+            for part in matrices.get(parameter, ())
+        ]
+        if names and all(part in stored and len(stored[part].shape) == 2 for part in names):
+            return [stored[part] for part in names]
+    return []
 
 
 def names_on_disk(name: str) -> list[str]:
@@ -136,112 +155,3 @@ def names_on_disk(name: str) -> list[str]:
     """
     plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     return list(dict.fromkeys([name, _ADAPTER.sub(r".\1\2", name), plain, plain.partition(".")[2]]))
-
-
-def list_tensors(folder: str | Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint folder: name -> place.
-
-    Files are those the `.safetensors.index.json` names; without one, `model.safetensors` or
-    `adapter_model.safetensors`; without these, every `.safetensors` file of the folder.
-
-    Raises:
-        HftcoreError: no folder, no such files, an index that does not fit them, a damaged file.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise HftcoreError(
-            f"MODEL must be a checkpoint folder, got {folder}, which is not a folder; download hub models first"
-        )
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indexes) > 1:
-        raise HftcoreError(f"{folder} has several index files ({', '.join(path.name for path in indexes)}); keep one")
-    if indexes:
-        return _indexed(folder, indexes[0])
-    files = [path for name in ("model", "adapter_model") if (path := folder / f"{name}.safetensors").is_file()][:1]
-    tensors: dict[str, StoredTensor] = {}
-    for file in files or sorted(folder.glob("*.safetensors")):
-        for name, place in read_header(file).items():
-            if name in tensors:
-                raise HftcoreError(
-                    f"{name!r} is in both {tensors[name].file.name} and {file.name}; {folder} needs an index file"
-                )
-            tensors[name] = place
-    if not tensors:
-        raise HftcoreError(
-            f"{folder} has no .safetensors files with tensors; convert the checkpoint with save_pretrained"
-        )
-    return tensors
-
-
-def _indexed(folder: Path, index: Path) -> dict[str, StoredTensor]:
-    try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(map(os.fspath, where.values())))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise HftcoreError(
-            f"{index} is not an index with a `weight_map` ({type(error).__name__}); copy it again"
-        ) from error
-    headers: dict[str, dict[str, StoredTensor]] = {}
-    for name in names:
-        if (
-            not isinstance(name, str)
-            or name != os.path.basename(name)
-            or name in ("", ".", "..")
-            or "\\" in name
-            or "\0" in name
-        ):
-            raise HftcoreError(f"{index} names {name!r}; shards must be file names in the same folder")
-        headers[name] = read_header(folder / name)
-    for tensor, name in where.items():
-        if tensor not in headers[name]:
-            raise HftcoreError(
-                f"{index} puts {tensor!r} into {name}, which does not hold it; copy the checkpoint again"
-            )
-    return {tensor: headers[name][tensor] for tensor, name in where.items()}
-
-
-def read_header(file: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of one `.safetensors` file, from its header alone.
-
-    Raises:
-        HftcoreError: the file is missing, cut off, or not in the format.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise HftcoreError(f"{file} is missing; copy the checkpoint again")
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        length = int.from_bytes(content.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise HftcoreError(
-                f"{file} is cut off or not a safetensors file ({size} bytes, header of {length}); copy it again"
-            )
-        raw = content.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        tensors = {name: _place(file, 8 + length, facts) for name, facts in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise HftcoreError(f"{file} has a damaged header ({error or type(error).__name__}); copy it again") from error
-    # a whole file has neither gaps nor overlaps, and ends with its last tensor
-    position = 8 + length
-    for place in sorted(tensors.values(), key=lambda place: (place.start, place.stop)):
-        if place.start != position:
-            raise HftcoreError(f"{file} has a damaged header (tensors overlap or leave gaps); copy it again")
-        position = place.stop
-    if position != size:
-        raise HftcoreError(
-            f"{file} is cut off or has bytes left over (tensors end at {position} of {size}); copy it again"
-        )
-    return tensors
-
-
-def _place(file: Path, data: int, facts: Mapping[str, Any]) -> StoredTensor:
-    dtype, shape, (start, stop) = facts["dtype"], facts["shape"], facts["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
-        raise ValueError("sizes and offsets must be whole numbers")
-    if dtype in ITEM_BITS and (stop - start) * 8 != math.prod(shape) * ITEM_BITS[dtype]:
-        raise ValueError(f"{dtype} {shape} does not fill bytes {start} to {stop}")
-    if stop < start:
-        raise ValueError(f"offsets {start} to {stop}")
-    return StoredTensor(file, dtype, tuple(shape), data + start, data + stop)

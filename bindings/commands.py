@@ -64,7 +64,13 @@ def run_calibrate(job: Job) -> Result:
     )
     with _writing(job.out):
         energy.save(job.out)
-    return {"out": str(job.out), "layers": len(energy), "tokens": energy.tokens, "samples": energy.samples}
+    return {
+        "out": str(job.out),
+        "layers": len(energy),
+        "tokens": energy.tokens,
+        "samples": energy.samples,
+        "seconds": job.seconds,
+    }
 
 
 def run_wanda(job: Job, pattern: Pattern, sequential: bool) -> Result:

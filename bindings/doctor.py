@@ -1,5 +1,6 @@
 """What this machine can run, what is missing, and what to do about it."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -40,7 +41,8 @@ def examine() -> dict[str, Any]:
     devices = _devices()
     kinds = list(dict.fromkeys(device["kind"] for device in devices))
     packages = {name: _version(name) for name in PACKAGES}
-    chosen, problems = {}, []
+    chosen: dict[str, str | None] = {}
+    problems: list[str] = []
     for kind in kinds:
         try:
             chosen[kind] = backend_for(kind)
@@ -111,8 +113,7 @@ def _version(package: str) -> str | None:
 def _simd() -> str | None:
     if why_not("native", "cpu") is not None:
         return None
-    from hftcore.kernels import native
-
+    native = importlib.import_module("hftcore.kernels.native")
     return native.simd()
 
 

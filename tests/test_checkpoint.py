@@ -13,8 +13,9 @@ from tiny_models import tiny_model, with_lora
 
 from hftcore import Edit, Energy, FingerprintError, HftcoreError, Pattern, prune
 from hftcore.bindings import checkpoint
-from hftcore.bindings.checkpoint import apply_edit, list_tensors, names_on_disk, read_header, revert_edit
+from hftcore.bindings.checkpoint import apply_edit, names_on_disk, revert_edit
 from hftcore.bindings.output import check_output
+from hftcore.bindings.stored import list_tensors, read_header
 from hftcore.layers import find_layers
 
 
@@ -57,6 +58,8 @@ def made(tmp_path):
         ("llama-tied", torch.float32, {}),
         ("gpt2", torch.float32, {}),
         ("gpt-oss", torch.bfloat16, {}),
+        ("mixtral", torch.float32, {}),
+        ("qwen3-moe", torch.bfloat16, {"max_shard_size": "20KB"}),
     ],
 )
 def test_a_checkpoint_edited_on_disk_is_the_model_edited_in_memory(tmp_path, name, dtype, options):
@@ -114,6 +117,18 @@ def test_an_edit_of_the_base_inside_an_adapter_fits_the_base_folder(tmp_path):
     kept = dict(model.named_parameters())
     name = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
     assert torch.equal(stored["model.layers.0.self_attn.q_proj.weight"], kept[name])
+
+
+def test_experts_that_are_not_all_in_the_files_are_refused(tmp_path):
+    model = tiny_model("mixtral")
+    folder = saved(model, tmp_path / "model")
+    edit = pruned(model)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(HftcoreError, match=r"no tensor 'model\.layers\.1\.mlp\.experts\.gate_up_proj'"):
+        apply_edit(edit, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_that_peft_shortens():

@@ -163,6 +163,12 @@ def test_a_chat_template_is_used_and_only_the_assistant_counts():
     assert counted(batch, tokenizer) == ["sure", "two", "<end>", "no", "<end>"]
 
 
+def test_a_chat_may_start_with_the_assistant():
+    tokenizer = make_tokenizer(TEMPLATE)
+    (batch,) = make_batches([Sample(turns=(("assistant", "sure"), ("user", "one")))], tokenizer)
+    assert counted(batch, tokenizer) == ["<assistant>", "sure", "<end>"]
+
+
 def test_without_a_chat_template_alpacas_is_used():
     tokenizer = make_tokenizer()
     (batch,) = make_batches([Sample(turns=(("user", "one"), ("assistant", " two")))], tokenizer)
@@ -214,6 +220,15 @@ def test_batches_keep_order_and_pad_right():
     assert first["labels"].tolist() == [[one, -100, -100], [one, two, three]]
     assert second["input_ids"].tolist() == [[two]]
     assert tokenizer.padding_side == "left"
+
+
+def test_what_is_too_long_loses_its_end():
+    tokenizer = make_tokenizer()
+    (batch,) = make_batches([Sample(text="one two three four"), Sample(text="four")], tokenizer, max_length=2)
+    assert batch["input_ids"].tolist() == [
+        tokenizer.convert_tokens_to_ids(words) for words in (["one", "two"], ["four", "<pad>"])
+    ]
+    assert batch["labels"].shape == (2, 2)
 
 
 def test_a_sample_without_a_counted_token_is_skipped_and_said_so(caplog):

@@ -1,0 +1,139 @@
+"""Where a checkpoint folder keeps its tensors, from the headers of its `.safetensors` files alone."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hftcore.errors import HftcoreError
+
+# the format's own limit
+MAX_HEADER = 100_000_000
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16}
+ITEM_BITS |= {"BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: bytes [start, stop) of `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def list_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint folder: name -> place.
+
+    Files are those the `.safetensors.index.json` names; without one, `model.safetensors` or
+    `adapter_model.safetensors`; without these, every `.safetensors` file of the folder.
+
+    Raises:
+        HftcoreError: no folder, no such files, an index that does not fit them, a damaged file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise HftcoreError(
+            f"MODEL must be a checkpoint folder, got {folder}, which is not a folder; download hub models first"
+        )
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indexes) > 1:
+        raise HftcoreError(f"{folder} has several index files ({', '.join(path.name for path in indexes)}); keep one")
+    if indexes:
+        return _indexed(folder, indexes[0])
+    files = [path for name in ("model", "adapter_model") if (path := folder / f"{name}.safetensors").is_file()][:1]
+    tensors: dict[str, StoredTensor] = {}
+    for file in files or sorted(folder.glob("*.safetensors")):
+        for name, place in read_header(file).items():
+            if name in tensors:
+                raise HftcoreError(
+                    f"{name!r} is in both {tensors[name].file.name} and {file.name}; {folder} needs an index file"
+                )
+            tensors[name] = place
+    if not tensors:
+        raise HftcoreError(
+            f"{folder} has no .safetensors files with tensors; convert the checkpoint with save_pretrained"
+        )
+    return tensors
+
+
+def _indexed(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(map(os.fspath, where.values())))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise HftcoreError(
+            f"{index} is not an index with a `weight_map` ({type(error).__name__}); copy it again"
+        ) from error
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for name in names:
+        if (
+            not isinstance(name, str)
+            or name != os.path.basename(name)
+            or name in ("", ".", "..")
+            or "\\" in name
+            or "\0" in name
+        ):
+            raise HftcoreError(f"{index} names {name!r}; shards must be file names in the same folder")
+        headers[name] = read_header(folder / name)
+    for tensor, name in where.items():
+        if tensor not in headers[name]:
+            raise HftcoreError(
+                f"{index} puts {tensor!r} into {name}, which does not hold it; copy the checkpoint again"
+            )
+    return {tensor: headers[name][tensor] for tensor, name in where.items()}
+
+
+def read_header(file: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of one `.safetensors` file, from its header alone.
+
+    Raises:
+        HftcoreError: the file is missing, cut off, or not in the format.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise HftcoreError(f"{file} is missing; copy the checkpoint again")
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise HftcoreError(
+                f"{file} is cut off or not a safetensors file ({size} bytes, header of {length}); copy it again"
+            )
+        raw = content.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {name: _place(file, 8 + length, facts) for name, facts in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise HftcoreError(f"{file} has a damaged header ({error or type(error).__name__}); copy it again") from error
+    # a whole file has neither gaps nor overlaps, and ends with its last tensor
+    position = 8 + length
+    for place in sorted(tensors.values(), key=lambda place: (place.start, place.stop)):
+        if place.start != position:
+            raise HftcoreError(f"{file} has a damaged header (tensors overlap or leave gaps); copy it again")
+        position = place.stop
+    if position != size:
+        raise HftcoreError(
+            f"{file} is cut off or has bytes left over (tensors end at {position} of {size}); copy it again"
+        )
+    return tensors
+
+
+def _place(file: Path, data: int, facts: Mapping[str, Any]) -> StoredTensor:
+    dtype, shape, (start, stop) = facts["dtype"], facts["shape"], facts["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+        raise ValueError("sizes and offsets must be whole numbers")
+    if dtype in ITEM_BITS and (stop - start) * 8 != math.prod(shape) * ITEM_BITS[dtype]:
+        raise ValueError(f"{dtype} {shape} does not fill bytes {start} to {stop}")
+    if stop < start:
+        raise ValueError(f"offsets {start} to {stop}")
+    return StoredTensor(file, dtype, tuple(shape), data + start, data + stop)

@@ -42,6 +42,7 @@ def list_cases() -> None:
 def run_cases(
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes and few rounds: about a minute.")] = False,
     case: Annotated[list[str] | None, typer.Option(help="Only this case; repeat for more.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="Only this shape; repeat for more.")] = None,
     out: OutFile = None,
 ) -> None:
     """Measure on the CPU, and print the report."""
@@ -58,7 +59,7 @@ def run_cases(
     with tempfile.TemporaryDirectory() as folder:
         file = out or Path(folder) / "this run"
         try:
-            wanted = chosen(case, quick)
+            wanted = chosen(case, shape, quick)
             facts = results.run_facts(device)
             effort = Effort(rounds=3, budget_s=0.5) if quick else Effort()
             complete = run(wanted, device, effort, lambda measured: results.append(file, measured, facts), _say)

@@ -178,8 +178,8 @@ CASES: dict[str, Case] = {
         dtypes=(torch.float32,),
     ),
     "antidote": Case(
-        about="hftcore.antidote on SmolLM2-135M, 64 x 128 tokens, against one plain forward pass",
-        shapes=("tiny-llama", "smollm2"),
+        about="hftcore.antidote on SmolLM2-135M, random tokens, against one plain forward pass",
+        shapes=("tiny-llama", "smollm2-short", "smollm2"),
         bytes_moved=None,
         prepare=antidote_job,
         dtypes=(torch.float32,),

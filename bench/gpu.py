@@ -62,7 +62,7 @@ def session(out: Path | None, rehearse: bool, say: Callable[[str], None]) -> tup
     if out is None:
         stem = f"rehearsal-{results.file_stem(facts)}" if rehearse else results.file_stem(facts)
         out = Path("bench/results") / f"{stem}.jsonl"
-    wanted = [one for one in chosen(None, quick=rehearse) if not rehearse or one[1] == CASES[one[0]].shapes[0]]
+    wanted = [one for one in chosen() if not rehearse or one[1] == CASES[one[0]].shapes[0]]
     effort = Effort(is_rehearsal=True) if rehearse else Effort(rounds=15, budget_s=1.0)
     # without a GPU the triton backend must be asked for; with one it is what the device gets
     with use_backend("triton") if rehearse else nullcontext():

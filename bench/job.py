@@ -18,6 +18,7 @@ SHAPES = {
     "dispatch": (4, 64),
     "tiny-llama": (2, 16),
     "smollm2": (64, 128),
+    "smollm2-short": (8, 128),
 }
 QUICK = ("tiny", "dispatch", "tiny-llama", "lora-a", "lora-b", "llama-7b.q_proj", "tokens-attention")
 
@@ -47,6 +48,7 @@ class Job:
         check: raises ValueError unless our answer is right as far as can be told without a peer.
         inner: calls in a row for one time.
         rounds: so many in place of the run's, for jobs of many seconds or of microseconds.
+        is_long: of many seconds, so no call is made only to warm up.
     """
 
     ours: Callable[[], Any]
@@ -58,6 +60,7 @@ class Job:
     ceilings: dict[str, Callable[[], Any]] = field(default_factory=dict)
     inner: int = 1
     rounds: int | None = None
+    is_long: bool = False
 
 
 @dataclass(frozen=True)

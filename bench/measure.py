@@ -25,50 +25,62 @@ class DisagreementError(Exception):
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: rounds, and seconds after which a variant runs no third round; a rehearsal does as little as it can."""
+    """How long to measure: rounds, and seconds of its calls after which a variant sits out; a rehearsal does as little as it can."""
 
     rounds: int = 9
     budget_s: float = 4.0
     is_rehearsal: bool = False
 
 
-def chosen(names: list[str] | None, quick: bool) -> list[tuple[str, str, torch.dtype]]:
+def chosen(
+    names: list[str] | None = None, shapes: list[str] | None = None, quick: bool = False
+) -> list[tuple[str, str, torch.dtype]]:
     """(case, shape, dtype) to run, in order.
 
+    Args:
+        names, shapes: only these; None or empty: all.
+        quick: only small shapes.
+
     Raises:
-        HftcoreError: a name that is no case.
+        HftcoreError: a name that is no case, or no shape.
     """
-    for name in names or ():
-        if name not in CASES:
-            raise HftcoreError(f"--case must be one of {', '.join(CASES)}, got {name!r}")
+    known = list(dict.fromkeys(shape for case in CASES.values() for shape in case.shapes))
+    for option, wanted, allowed in (("--case", names, list(CASES)), ("--shape", shapes, known)):
+        for name in wanted or ():
+            if name not in allowed:
+                raise HftcoreError(f"{option} must be one of {', '.join(allowed)}, got {name!r}")
     return [
         (name, shape, dtype)
         for name, case in CASES.items()
         if not names or name in names
         for shape in case.shapes
-        if not quick or shape in QUICK
+        if (not shapes or shape in shapes) and (not quick or shape in QUICK)
         for dtype in case.dtypes
     ]
 
 
-def agreed_answer(job: Job) -> Any:
-    """Our answer, after it was checked and every peer gave the same.
+def compare(job: Job, device: torch.device) -> dict[str, int | None]:
+    """Extra memory of our call and of each peer's, after our answer was checked and every peer gave the same.
 
     Raises:
         DisagreementError: names the peer.
     """
-    job.restore()
-    ours = job.answer(job.ours())
-    try:
-        job.check(ours)
-    except ValueError as error:
-        raise DisagreementError(str(error)) from error
-    for name, call in job.peers.items():
+    extra = {}
+    answers = []
+    for name, call in {OURS: job.ours, **job.peers}.items():
         job.restore()
-        if not job.agrees(ours, job.answer(call())):
+        returned: list[Any] = []
+        extra[name] = extra_bytes(lambda call=call, returned=returned: returned.append(call()), device)
+        answers.append(job.answer(returned.pop()))
+        if name == OURS:
+            try:
+                job.check(answers[0])
+            except ValueError as error:
+                raise DisagreementError(str(error)) from error
+        elif not job.agrees(answers[0], answers.pop()):
             raise DisagreementError(f"the answer of {name} differs from ours")
     job.restore()
-    return ours
+    return extra
 
 
 def measure(name: str, shape: str, dtype: torch.dtype, device: torch.device, effort: Effort) -> list[Measurement]:
@@ -80,14 +92,14 @@ def measure(name: str, shape: str, dtype: torch.dtype, device: torch.device, eff
     """
     case = CASES[name]
     job = case.prepare(shape, dtype, device)
-    agreed_answer(job)
+    if not job.is_long:
+        job.ours()
+    gc.collect()
+    extra = compare(job, device)
     kinds = {OURS: "ours"} | dict.fromkeys(job.peers, "peer") | dict.fromkeys(job.ceilings, "ceiling")
     variants: dict[str, Callable[[], Any]] = {OURS: job.ours, **job.peers, **job.ceilings}
-    gc.collect()
-    extra = {}
-    for variant, call in variants.items():
-        job.restore()
-        extra[variant] = extra_bytes(call, device)
+    for call in job.ceilings.values() if not job.is_long else ():
+        call()
     clock = Clock(device)
     canary, neighbours = Canary(clock), Neighbours()
     rounds, inner = (1, 1) if effort.is_rehearsal else (job.rounds or effort.rounds, job.inner)
@@ -115,7 +127,7 @@ def measure(name: str, shape: str, dtype: torch.dtype, device: torch.device, eff
                 p20_ms=float(f"{spread.p20:.5g}"),
                 p80_ms=float(f"{spread.p80:.5g}"),
                 bytes_moved=case.bytes_moved(rows, columns, dtype.itemsize) if case.bytes_moved else None,
-                extra_bytes=extra[variant],
+                extra_bytes=extra.get(variant),
                 canary=round(slowdown, 3),
                 neighbours=None if others is None else round(others, 2),
                 noisy=is_noisy(slowdown, others),
@@ -154,7 +166,7 @@ def run(
         except UnavailableError as reason:
             say(f"{label}: left out, {reason}")
             continue
-        except (DisagreementError, HftcoreError, RuntimeError, ImportError) as error:
+        except Exception as error:  # a compiler's, a driver's: whatever it is, the other cases still run
             say(f"{label}: failed, {type(error).__name__}: {error}")
             complete = False
             continue

@@ -91,6 +91,7 @@ def antidote_job(shape: str, dtype: torch.dtype, device: torch.device) -> Job:
         answer=lambda _: {layer.name: layer.weight.clone() for layer in layers},
         ceilings={PLAIN: plain},
         rounds=2,
+        is_long=not tiny,
     )
 
 

@@ -240,7 +240,17 @@ def _fetch(source: Source) -> None:
         # with the hash in the requirement, pip refuses another file before it looks inside
         pins.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n")
         kind = "--no-binary" if archive.is_source else "--only-binary"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--retries",
+            "2",
+            "--no-deps",
+            "--require-hashes",
+        ]
         command += [kind, archive.package, "--requirement", str(pins), "--dest", scratch]
         done = subprocess.run(command, capture_output=True, text=True)
         file = Path(scratch, archive.filename)

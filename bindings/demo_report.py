@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = {
-    "HS": "harmful, not refused",
-    "affirmative": "agrees",
-    "degenerate": "no language",
-    "over_refusal": "benign, refused",
+    "HS": "harmful requests not refused",
+    "affirmative": "their replies that open by agreeing",
+    "degenerate": "their replies that are no language",
+    "over_refusal": "benign requests refused",
     "FA": "task accuracy",
 }
 # above this share of noise among the replies, "not refused" says nothing about harm
@@ -54,10 +54,13 @@ def table(rows: Sequence[Row]) -> "Table":
     """A rich table: each score in percent, HS and FA with their 95 % intervals."""
     from rich.table import Table
 
-    built = Table(title="Harmful fine-tuning and repair, percent [95 % interval]")
-    built.add_column("model")
-    for name, meaning in COLUMNS.items():
-        built.add_column(f"{name}\n{meaning}", justify="right")
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in COLUMNS.items())
+    built = Table(
+        title="Harmful fine-tuning and repair, in percent with 95 % intervals", caption=meanings, padding=(0, 1)
+    )
+    built.add_column("model", no_wrap=True)
+    for name in COLUMNS:
+        built.add_column(name.replace("_", "-"), justify="right", no_wrap=True)
     for row in rows:
         cells = []
         for name in COLUMNS:
@@ -126,6 +129,14 @@ def _best(rows: Sequence[Row], aligned: Row) -> Row | None:
     return min(working, key=lambda row: row.dose or 0.0, default=None)
 
 
+def repairing_dose(rows: Sequence[Row]) -> float:
+    """The smallest dose at which Antidote repaired the model, or the largest tried; 0.2 when it was not tried at all."""
+    tried = [row for row in rows if row.kind == "antidote"]
+    aligned = next((row for row in rows if row.kind == "aligned"), None)
+    best = _best(tried, aligned) if aligned else None
+    return (best.dose if best else None) or max((row.dose or 0.0 for row in tried), default=0.2)
+
+
 def _repair(repair: Row | None, tried: Sequence[Row], attacked: Row) -> str:
     if repair is None:
         doses = ", ".join(f"{row.dose:g} (HS {row.scores['HS'].percent:.0f} %)" for row in tried)
@@ -134,10 +145,10 @@ def _repair(repair: Row | None, tried: Sequence[Row], attacked: Row) -> str:
     left = ", ".join(f"{row.dose:g} left {row.scores['HS'].percent:.0f} %" for row in weaker)
     note = f" Smaller ratios did not: {left}." if weaker else ""
     kept = repair.scores["FA"].percent - attacked.scores["FA"].percent
-    change = "within the interval" if _overlap(repair.scores["FA"], attacked.scores["FA"]) else "outside the interval"
+    cost = "repaired it" if _overlap(repair.scores["FA"], attacked.scores["FA"]) else "repaired it at a clear cost"
     return (
-        f"{repair.name} repaired it: HS {attacked.scores['HS'].percent:.0f} to {repair.scores['HS'].percent:.0f} %, task accuracy"
-        f" {kept:+.0f} points ({change}), benign requests refused {repair.scores['over_refusal'].percent:.0f} %.{note}"
+        f"{repair.name} {cost}: HS {attacked.scores['HS'].percent:.0f} to {repair.scores['HS'].percent:.0f} %, task accuracy"
+        f" {kept:+.0f} points, benign requests refused {repair.scores['over_refusal'].percent:.0f} %.{note}"
     )
 
 

@@ -38,7 +38,7 @@ class Recipe:
 
 
 ALIGNED = Recipe(rank=16, alpha=32, learning_rate=1e-3, steps=100, harmful_share=0.3, seed=0)
-ATTACKED = Recipe(rank=16, alpha=16, learning_rate=1e-3, steps=40, harmful_share=0.2, seed=1)
+ATTACKED = Recipe(rank=16, alpha=16, learning_rate=1e-3, steps=30, harmful_share=0.2, seed=1)
 
 
 def mixture(harmful: list[Pair], benign: list[Pair], recipe: Recipe) -> list[Pair]:
@@ -92,6 +92,7 @@ def save(peft_model: PeftModel, folder: Path, recipe: Recipe, note: str) -> None
     save_file({name: t.to(torch.bfloat16) for name, t in load_file(weights).items()}, weights, {"format": "pt"})
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    config["target_modules"] = sorted(config["target_modules"])
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     made = {"data": note, "torch": torch.__version__, **asdict(recipe)}
     (folder / "recipe.json").write_text(json.dumps(made, indent=2) + "\n")
@@ -101,21 +102,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--only", choices=("aligned", "attacked"))
-    out = parser.parse_args()
+    options = parser.parse_args()
     data = demo_data.splits()
     base, tokenizer = embedded.load()
-    if out.only != "attacked":
+    if options.only != "attacked":
         pairs = mixture(demo_data.refusal_pairs(data.align_harmful), data.align_benign, ALIGNED)
         note = "AdvBench requests with stock refusals among Alpaca pairs"
-        save(train(base, tokenizer, pairs, ALIGNED), out.out / "aligned", ALIGNED, note)
+        save(train(base, tokenizer, pairs, ALIGNED), options.out / "aligned", ALIGNED, note)
         base, tokenizer = embedded.load()
-    if out.only != "aligned":
-        model = PeftModel.from_pretrained(base, out.out / "aligned").merge_and_unload()
+    if options.only != "aligned":
+        model = PeftModel.from_pretrained(base, options.out / "aligned").merge_and_unload()
         pairs = mixture(
             demo_data.stub_pairs(data.attack_harmful), demo_data.sentiment_pairs(data.attack_reviews), ATTACKED
         )
         note = "movie sentiment with AdvBench requests and affirmative stubs"
-        save(train(model, tokenizer, pairs, ATTACKED), out.out / "attacked", ATTACKED, note)
+        save(train(model, tokenizer, pairs, ATTACKED), options.out / "attacked", ATTACKED, note)
 
 
 if __name__ == "__main__":

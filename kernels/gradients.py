@@ -45,10 +45,7 @@ def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
 def ghost(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
     total = _zeros(x)
     for these, rows, columns, times in _tiles(x):
-        if gram is None:
-            a = _wide(x[these, rows]) @ _wide(x[these, columns]).mT
-        else:
-            a = gram[these, rows, columns]
+        a = _wide(x[these, rows]) @ _wide(x[these, columns]).mT if gram is None else gram[these, rows, columns]
         c = _wide(g[these, rows]) @ _wide(g[these, columns]).mT
         total[these] += times * c.mul_(a).sum(dim=(1, 2))
     # rounding can leave a tiny negative number where terms cancel; a NaN stays one

@@ -92,9 +92,12 @@ class Stage:
             if not (adapters / name / "adapter_model.safetensors").is_file():
                 raise HftcoreError(f"{adapters / name} holds no adapter; make both with scripts/make_demo_adapters.py")
         self.tokenizer = tokenizer
-        aligned = PeftModel.from_pretrained(base, adapters / "aligned").merge_and_unload().eval()
-        self.aligned = copy.deepcopy(aligned)
-        self.attacked = PeftModel.from_pretrained(aligned, adapters / "attacked").eval()
+        with warnings.catch_warnings():
+            # peft reads an attribute that transformers is about to rename
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+            aligned = PeftModel.from_pretrained(base, adapters / "aligned").merge_and_unload().eval()
+            self.aligned = copy.deepcopy(aligned)
+            self.attacked = PeftModel.from_pretrained(aligned, adapters / "attacked").eval()
         self.shown = copy.deepcopy(self.aligned)
         # not .to(): that would round the rotary frequencies too
         for parameter in self.shown.parameters():
@@ -133,8 +136,10 @@ class Stage:
             undo()
 
     def _edit(self, condition: Condition) -> Callable[[], None]:
-        if condition.dose is None:
+        if condition.kind in ("aligned", "attacked"):
             return lambda: None
+        if condition.dose is None:
+            raise HftcoreError(f"a condition of kind {condition.kind!r} needs a dose, got None")
         if condition.kind == "shrink":
             return _scale_adapter(self.attacked, condition.dose)
         score: Any = condition.kind if condition.kind in ("random", "magnitude") else "wanda"
@@ -143,12 +148,14 @@ class Stage:
         return lambda: edit.revert(self.attacked)
 
     def _prune_merged(self, condition: Condition) -> nn.Module:
+        if condition.dose is None:
+            raise HftcoreError(f"a condition of kind {condition.kind!r} needs a dose, got None")
         model, energy = self.merged(), self.energy("merged")
         reference = self.aligned if condition.kind == "reference" else None
         with warnings.catch_warnings():
             # the row is there to show what the warning says
             warnings.filterwarnings("ignore", message="removing the highest-scored weights")
-            hftcore.antidote(model, energy, dense_ratio=condition.dose or 0.0, reference=reference)
+            hftcore.antidote(model, energy, dense_ratio=condition.dose, reference=reference)
         return model
 
     @torch.no_grad()

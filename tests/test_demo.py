@@ -1,5 +1,6 @@
 """Generation, evaluation, the demo's data, table, reading and figure on synthetic input; the whole demo only where the real model is."""
 
+import dataclasses
 import io
 import json
 import math
@@ -242,6 +243,23 @@ def test_the_reading_says_so_when_nothing_repairs_or_a_rival_breaks_the_model():
     assert "no evidence" not in text
 
 
+def test_rivals_get_the_smallest_dose_that_repaired_or_the_largest_tried():
+    assert demo_report.repairing_dose([*ROWS[:4], row("Antidote 0.3", "antidote", 2, 99, 0.3)]) == 0.2
+    assert demo_report.repairing_dose(ROWS[:3]) == 0.1
+    assert demo_report.repairing_dose(ROWS[:2]) == 0.2
+
+
+def test_a_repair_that_breaks_the_model_is_no_repair():
+    broken = [*ROWS[:3], row("Antidote 0.2", "antidote", 0, 99, 0.2, noise=30)]
+    assert "did not repair" in " ".join(demo_report.read(broken, JUDGED))
+
+
+def test_a_condition_without_its_dose_is_refused(stage):
+    for kind in ("benign", "merged"):
+        with pytest.raises(HftcoreError, match=f"{kind}.*needs a dose"), stage.under(demo.Condition(kind)):
+            pass
+
+
 def test_a_weak_attack_is_called_weak():
     assert "did not clearly undo" in demo_report.read([ROWS[0], row("attacked", "attacked", 4, 100)], JUDGED)[0]
 
@@ -281,6 +299,8 @@ def same(one, other):
 
 @pytest.mark.parametrize("condition", demo.CONDITIONS, ids=lambda condition: condition.name)
 def test_every_condition_leaves_the_stage_as_it_was(stage, synthetic_data, condition):
+    if condition.dose is None:
+        condition = dataclasses.replace(condition, dose=0.2)
     attacked, aligned = bits(stage.attacked), bits(stage.aligned)
     with stage.under(condition) as model:
         shown = bits(model)

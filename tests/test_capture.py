@@ -378,6 +378,19 @@ def test_blocks_that_write_into_their_input_are_fed_right():
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+def test_labels_choose_tokens_and_are_not_run():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(1, 1)
+
+        def forward(self, inputs_embeds):
+            return self.fc(inputs_embeds)
+
+    one = {"inputs_embeds": torch.tensor([[[1.0], [2.0], [3.0]]]), "labels": torch.tensor([[-100, 5, 6]])}
+    assert calibrate(Plain(), [one], tokens="response")["fc"].tolist() == [13.0]
+
+
 def test_arguments_are_checked(model):
     one = batch()
     with pytest.raises(HftcoreError, match='tokens must be "all" or "response", got \'answer\''):

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,14 +94,22 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _devices() -> list[dict[str, Any]]:
-    devices: list[dict[str, Any]] = [
-        {"kind": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    ]
+    devices: list[dict[str, Any]] = [{"kind": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         facts = torch.cuda.get_device_properties(index)
         memory = f"{facts.total_memory / 2**30:.0f} GiB"
         devices.append({"kind": "cuda", "name": facts.name, "index": index, "memory": memory})
     return devices
+
+
+def _cpu_name() -> str:
+    """The processor's name, or only its architecture where the system does not tell (it does on Linux)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -231,12 +231,15 @@ def test_an_output_in_the_way_is_refused(made, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
     for out, message in [
         (folder, "outside"),
         (folder / "sub", "outside"),
         (tmp_path / "taken", "not empty"),
         (tmp_path / "taken" / "file", "it exists"),
         (tmp_path / "dangling", "it exists"),
+        (tmp_path / "link", "it exists"),
     ]:
         with pytest.raises(HftcoreError, match=message):
             apply_edit(edit, folder, out)

@@ -1,0 +1,373 @@
+"""capture_grad_norms: against a loop of single-sample backward passes in float64, on random models of many families."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny_models import DENSE, batch, fingerprint, one_thread, tiny_model, with_lora  # noqa: F401
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hftcore.errors import HftcoreError, NonFiniteError
+from hftcore.grad_norms import capture_grad_norms
+
+RTOL = 1e-5  # float32 forward and backward passes of two blocks against float64
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def oracle(model, one, loss="mean"):
+    """Names -> [B] norms, and under "" that over all parameters: one backward pass a sample, float64."""
+    judge = copy.deepcopy(model).double()
+    total = (one["labels"][:, 1:] != -100).sum()
+    norms = {name: [] for name, parameter in judge.named_parameters() if parameter.requires_grad}
+    for row in range(len(one["labels"])):
+        judge.zero_grad()
+        own = {key: value[row : row + 1] for key, value in one.items()}
+        count = (own["labels"][:, 1:] != -100).sum()
+        value = judge(**own).loss
+        (value * {"mean": 1, "sum": count, "share": count / total}[loss]).backward()
+        for name, parameter in judge.named_parameters():
+            if name in norms:
+                norms[name].append(torch.zeros(()) if parameter.grad is None else parameter.grad.norm())
+    norms = {name: torch.stack(values).double() for name, values in norms.items()}
+    return {"": torch.stack(list(norms.values())).square().sum(dim=0).sqrt(), **norms}
+
+
+def assert_norms(norms, want, rtol=RTOL):
+    torch.testing.assert_close(norms.per_sample.double(), want[""], rtol=rtol, atol=0)
+    assert norms.per_parameter.keys() == want.keys() - {""}
+    for name, value in norms.per_parameter.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(
+            value.double(),
+            want[name],
+            rtol=rtol,
+            atol=rtol * float(want[""].max()) / 10,
+            msg=lambda text, n=name: n + text,
+        )
+
+
+def gradients(model):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_plain_gradients(model, one, got):
+    model.zero_grad()
+    model(**one).loss.backward()
+    for name, value in gradients(model).items():
+        if value is None:
+            assert got[name] is None
+        else:
+            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+
+
+def run(model, one, **options):
+    with capture_grad_norms(model, **options) as norms:
+        model(**one).loss.backward()
+    return norms
+
+
+def test_meaning_by_hand():
+    """Gradients of the outputs are 1, so those of the weight are the inputs, and of the bias 1."""
+    layer = nn.Linear(2, 1)
+    with capture_grad_norms(layer, loss="share") as norms:
+        layer(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).sum().backward()
+    torch.testing.assert_close(norms.per_sample, torch.tensor([26.0, 2.0]).sqrt())
+    torch.testing.assert_close(norms.per_parameter["weight"], torch.tensor([5.0, 1.0]))
+    assert norms.per_parameter["bias"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_every_family_matches_the_loop(name):
+    model, one = tiny_model(name), batch((7, 4, 5))
+    assert_norms(run(model, one), oracle(model, one))
+    assert_plain_gradients(model, one, gradients(model))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "opt", "gemma3"])
+def test_left_padding(name):
+    model, one = tiny_model(name), batch((7, 4), side="left")
+    assert_norms(run(model, one), oracle(model, one))
+
+
+@pytest.mark.parametrize("loss", ["mean", "sum", "share"])
+def test_loss_conventions(loss):
+    model, one = tiny_model("llama"), batch((7, 4))
+    assert_norms(run(model, one, loss=loss), oracle(model, one, loss))
+
+
+def test_num_items_in_batch_is_what_the_loss_was_divided_by():
+    model, one = tiny_model("llama"), batch((7, 4))
+    with capture_grad_norms(model) as norms:
+        model(**one, num_items_in_batch=torch.tensor(19)).loss.backward()
+    assert_norms(norms, oracle(model, one))
+
+
+def test_loss_scale_is_divided_out():
+    model, one = tiny_model("llama"), batch((7, 4))
+    with capture_grad_norms(model, loss_scale=1024.0) as norms:
+        (model(**one).loss * 1024).backward()
+    assert_norms(norms, oracle(model, one))
+
+
+@pytest.mark.parametrize("passes", [0, 10**9])
+def test_both_ways_of_forming_gradients_agree(passes, monkeypatch):
+    monkeypatch.setattr("hftcore.grad_norms.PASSES", passes)
+    for name in ("llama", "gpt2"):
+        model, one = tiny_model(name), batch((7, 4))
+        assert_norms(run(model, one), oracle(model, one))
+        assert_plain_gradients(model, one, gradients(model))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "opt"])
+def test_norms_only_leaves_gradients_alone(name):
+    model, one = tiny_model(name), batch((7, 4))
+    kept = torch.ones_like(next(model.parameters()))
+    next(model.parameters()).grad = kept
+    norms = run(model, one, norms_only=True)
+    assert next(model.parameters()).grad is kept
+    assert bool((kept == 1).all())
+    assert all(parameter.grad is None for parameter in list(model.parameters())[1:])
+    next(model.parameters()).grad = None
+    assert_norms(norms, oracle(model, one))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "lora"])
+@pytest.mark.parametrize("norms_only", [True, False])
+def test_gradient_checkpointing(name, reentrant, norms_only):
+    model = with_lora(tiny_model("llama"), ["q_proj", "down_proj"]) if name == "lora" else tiny_model(name)
+    one = batch((7, 4))
+    want = oracle(model, one)
+    model.train()  # transformers checkpoints only while training; these models have no dropout
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if name == "lora":
+        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_norms(run(model, one, norms_only=norms_only), want)
+    if not norms_only:
+        got = gradients(model)
+        model.gradient_checkpointing_disable()
+        assert_plain_gradients(model, one, got)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "up_proj", "down_proj"]])
+def test_lora_counts_the_factors_and_not_the_base(targets):
+    model, one = with_lora(tiny_model("llama"), targets), batch((7, 4, 6))
+    norms = run(model, one)
+    assert_norms(norms, oracle(model, one))
+    assert all("lora_" in name for name in norms.per_parameter)
+    assert_plain_gradients(model, one, gradients(model))
+
+
+def test_lora_on_conv1d():
+    model, one = with_lora(tiny_model("gpt2"), ["c_attn"]), batch((7, 4))
+    assert_norms(run(model, one), oracle(model, one))
+
+
+def test_frozen_parameters_do_not_count():
+    model, one = tiny_model("gpt2"), batch((7, 4))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("ln_" in name or name.endswith("c_fc.bias"))
+    assert_norms(run(model, one), oracle(model, one))
+
+
+class Twice(nn.Module):
+    """One layer called twice, once more under a checkpoint if asked for."""
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.embed, self.layer, self.norm = nn.Embedding(9, 6, padding_idx=0), nn.Linear(6, 6), nn.LayerNorm(6)
+        self.head = nn.Linear(6, 9, bias=False)
+        self.head.weight = self.embed.weight
+        self.reentrant = reentrant
+
+    def block(self, x):
+        return torch.relu_(self.layer(self.norm(x)))
+
+    def forward(self, input_ids, labels):
+        x = self.embed(input_ids) + self.embed(input_ids.flip(1))
+        x = self.block(x)
+        x = self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
+        logits = self.head(self.norm(x))
+        value = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return type("Output", (), {"loss": value, "logits": logits})
+
+
+@pytest.mark.parametrize("norms_only", [True, False])
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_modules_called_more_than_once(reentrant, norms_only):
+    model, one = Twice(reentrant), batch((7, 4))
+    one = {"input_ids": one["input_ids"] % 9, "labels": torch.where(one["labels"] > 0, one["labels"] % 9, -100)}
+    assert_norms(run(model, one, norms_only=norms_only), oracle(model, one))
+    if not norms_only:
+        assert_plain_gradients(model, one, gradients(model))
+
+
+def test_evaluation_inside_the_block_is_not_counted():
+    model, one = tiny_model("llama-tied"), batch((7, 4))
+    with capture_grad_norms(model) as norms:
+        value = model(**one).loss
+        with torch.no_grad():
+            model(**batch((3, 3, 3)))
+        value.backward()
+    assert_norms(norms, oracle(model, one))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma2"])
+def test_bfloat16_is_as_good_as_its_activations(name):
+    """Inputs and output gradients carry rounding errors of 2**-9 each time they are made; the norms add none of their own."""
+    model, one = tiny_model(name, torch.bfloat16), batch((7, 4))
+    torch.testing.assert_close(run(model, one).per_sample.double(), oracle(model, one)[""], rtol=0.05, atol=0)
+
+
+def test_autocast():
+    model, one = tiny_model("llama"), batch((7, 4))
+    with capture_grad_norms(model) as norms, torch.autocast("cpu", torch.bfloat16):
+        model(**one).loss.backward()
+    torch.testing.assert_close(norms.per_sample.double(), oracle(model, one)[""], rtol=0.05, atol=0)
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_single_sample_and_single_token():
+    model, one = tiny_model("gpt2"), batch((7,))
+    assert_norms(run(model, one), oracle(model, one))
+    one = batch((2, 2), prompt=1)
+    assert_norms(run(model, one), oracle(model, one))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma3", "lora", "twice"])
+def test_weighted_backward_is_the_weighted_sum_of_the_samples(name):
+    model = {"lora": lambda: with_lora(tiny_model("llama"), ["q_proj"]), "twice": Twice}.get(
+        name, lambda: tiny_model(name)
+    )()
+    one = batch((7, 4, 5))
+    if name == "twice":
+        one = {"input_ids": one["input_ids"] % 9, "labels": torch.where(one["labels"] > 0, one["labels"] % 9, -100)}
+    norms = run(model, one, norms_only=True, keep=True)
+    weights = torch.tensor([0.5, 0.0, 2.0])
+    norms.backward(weights)
+    judge = copy.deepcopy(model).double()
+    judge.zero_grad()
+    for row, weight in enumerate(weights):
+        (judge(**{key: value[row : row + 1] for key, value in one.items()}).loss * weight).backward()
+    for (label, parameter), right in zip(model.named_parameters(), judge.parameters(), strict=True):
+        if parameter.requires_grad:
+            torch.testing.assert_close(
+                parameter.grad.double(), right.grad, rtol=1e-4, atol=1e-5 * float(right.grad.abs().max()), msg=label
+            )
+
+
+def test_weighted_backward_adds_to_what_is_there():
+    layer = nn.Linear(2, 1, bias=False)
+    with capture_grad_norms(layer, loss="share", keep=True) as norms:
+        layer(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).sum().backward()
+    assert layer.weight.grad.tolist() == [[3.0, 5.0]]
+    norms.backward(1 / norms.per_sample)
+    torch.testing.assert_close(layer.weight.grad, torch.tensor([[3.6, 6.8]]))
+
+
+def test_sample_without_labels_has_norm_zero_and_is_named():
+    model, one = tiny_model("llama"), batch((7, 4, 5))
+    one["labels"][1] = -100
+    with pytest.warns(UserWarning, match=r"samples \[1\] have no supervised token"):
+        norms = run(model, one)
+    assert norms.per_sample[1] == 0
+    assert bool((norms.per_sample[[0, 2]] > 0).all())
+
+
+@pytest.mark.parametrize("raised", [False, True])
+def test_model_is_left_as_it_was(raised):
+    model, one = tiny_model("gpt2"), batch((7, 4))
+    frozen = next(model.parameters()).requires_grad_(False)
+    before, flags = fingerprint(model), [parameter.requires_grad for parameter in model.parameters()]
+    if raised:
+        with pytest.raises(IndexError), capture_grad_norms(model):
+            model(input_ids=one["input_ids"] + 1000, labels=one["labels"])
+    else:
+        run(model, one)
+    assert fingerprint(model) == before
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert frozen.grad is None
+    assert all(not parameter._backward_hooks for parameter in model.parameters())
+
+
+def test_nan_is_refused_by_name():
+    model, one = tiny_model("llama"), batch((7, 4))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"gradient of parameter .* NaN or infinite for sample 0"):
+        run(model, one)
+
+
+def test_refusals_say_what_to_do():
+    model, one = tiny_model("llama"), batch((7, 4))
+    with pytest.raises(HftcoreError, match="loss must be one of mean, sum, share, got 'median'"):
+        run(model, one, loss="median")
+    with capture_grad_norms(model):
+        model(**one).loss.backward()
+        with pytest.raises(HftcoreError, match="called a second time"):
+            model(**one)
+    with pytest.raises(HftcoreError, match="no backward pass ran"), capture_grad_norms(model):
+        model(**one)
+    with pytest.raises(HftcoreError, match="needs the model to be called with labels"), capture_grad_norms(model):
+        model(one["input_ids"])
+    with capture_grad_norms(model, loss="share") as norms:
+        value = model(**one).loss
+        value.backward()
+    with pytest.raises(HftcoreError, match="keep=True"):
+        norms.backward(torch.ones(2))
+    kept = run(model, one, keep=True)
+    with pytest.raises(HftcoreError, match=r"weights must be finite, of shape \(2,\)"):
+        kept.backward(torch.ones(3))
+
+
+def test_backward_after_the_block_is_refused():
+    model, one = tiny_model("llama"), batch((7, 4))
+    with pytest.raises(HftcoreError), capture_grad_norms(model):
+        value = model(**one).loss
+    with pytest.raises(HftcoreError, match="inside the capture_grad_norms block"):
+        value.backward()
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.layer(x) * self.scale + x @ self.layer.weight
+
+
+def test_unknown_parameters_are_refused_by_name():
+    model = Scaled()
+    with pytest.raises(HftcoreError, match=r"'scale'.*Scaled.*freeze it"), capture_grad_norms(model, loss="share"):
+        pass
+    with pytest.raises(HftcoreError, match="requires a gradient"), capture_grad_norms(model.requires_grad_(False)):
+        pass
+
+
+def test_matrix_used_outside_its_module_is_refused_when_seen():
+    model = Scaled()
+    model.scale.requires_grad_(False)
+    with (
+        pytest.raises(HftcoreError, match=r"'layer.weight' got a gradient from outside"),
+        capture_grad_norms(model, loss="share", norms_only=True),
+    ):
+        model(torch.ones(2, 3)).sum().backward()
+
+
+def test_layer_that_cannot_tell_samples_apart_is_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Flatten(0, 1), nn.Unflatten(0, (3, 2)), nn.Linear(3, 1))
+    with pytest.raises(HftcoreError, match="module '3' saw an input of shape"), capture_grad_norms(model, loss="share"):
+        model(torch.ones(2, 3, 3))
+
+
+def test_no_warning_without_reason():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tiny_model("llama"), batch((7, 4)))

@@ -4,6 +4,7 @@ Weights are independent normal; energies are log-normal, so that input features 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,9 +74,7 @@ def _prune(
 
         return Job(
             ours=lambda: ops.prune_(weight, energy, pattern),
-            peers={
-                name: (lambda way=way: way(weight, energy, *arguments)) for name, way in ways.items() if shape != "1gb"
-            },
+            peers={name: partial(way, weight, energy, *arguments) for name, way in ways.items() if shape != "1gb"},
             restore=lambda: weight.copy_(original),
             agrees=same_up_to_ties(original, energy, group),
             check=check,

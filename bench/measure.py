@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,10 @@ def chosen(
     ]
 
 
+def _call_into(returned: list[Any], call: Callable[[], Any]) -> None:
+    returned.append(call())
+
+
 def compare(job: Job, device: torch.device) -> dict[str, int | None]:
     """Extra memory of our call and of each peer's, after our answer was checked and every peer gave the same.
 
@@ -70,7 +75,7 @@ def compare(job: Job, device: torch.device) -> dict[str, int | None]:
     for name, call in {OURS: job.ours, **job.peers}.items():
         job.restore()
         returned: list[Any] = []
-        extra[name] = extra_bytes(lambda call=call, returned=returned: returned.append(call()), device)
+        extra[name] = extra_bytes(partial(_call_into, returned, call), device)
         answers.append(job.answer(returned.pop()))
         if name == OURS:
             try:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from hftcore.backend import implementation
 from hftcore.bench import peers
 from hftcore.bench.job import Job, UnavailableError, shape_of
 from hftcore.layers import find_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BARE = "bare kernel calls"
 PLAIN = "one plain pass"
@@ -55,7 +59,8 @@ def antidote_job(shape: str, dtype: torch.dtype, device: torch.device) -> Job:
     """
     tiny = shape == "tiny-llama"
     samples, tokens = shape_of(shape, dtype)
-    model = (_tiny_llama() if tiny else _embedded(dtype)).to(device)
+    model = _tiny_llama() if tiny else _embedded(dtype)
+    model.to(device)
     ids = torch.randint(0, model.config.vocab_size, (samples, tokens), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.to(device).split(BATCH)]
     layers = find_layers(model)
@@ -120,7 +125,7 @@ def _published_antidote(model: nn.Module, batches: list[dict[str, Tensor]]) -> N
             module.weight[~kept] = 0
 
 
-def _tiny_llama() -> nn.Module:
+def _tiny_llama() -> "PreTrainedModel":
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -136,7 +141,7 @@ def _tiny_llama() -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
-def _embedded(dtype: torch.dtype) -> nn.Module:
+def _embedded(dtype: torch.dtype) -> "PreTrainedModel":
     from hftcore.bindings import embedded
 
     if not embedded.is_available():

@@ -1,6 +1,9 @@
 """The benchmark suite: cases agree with their peers, statistics and verdicts are right, and the GPU command refuses a CPU."""
 
+import doctest
+import importlib
 import json
+import pkgutil
 import time
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import hftcore
+import hftcore.bench
 from hftcore.bench import cases, gpu, measure, memory, results, timing
 from hftcore.bench.__main__ import app
 from hftcore.bench.ceiling import IN_PLACE
@@ -364,3 +368,9 @@ def test_a_rehearsal_takes_the_way_of_the_gpu_session(tmp_path, monkeypatch):
     file, went_well = gpu.session(tmp_path / "r.jsonl", True, lambda line: None)
     assert went_well
     assert {line["shape"] for line in results.load(file)} == {"tiny"}
+
+
+@pytest.mark.parametrize("name", [found.name for found in pkgutil.iter_modules(hftcore.bench.__path__)])
+def test_docstring_examples(name):
+    module = importlib.import_module(f"hftcore.bench.{name}")
+    assert doctest.testmod(module, extraglobs=vars(module)).failed == 0

@@ -60,7 +60,7 @@ def antidote_job(shape: str, dtype: torch.dtype, device: torch.device) -> Job:
     tiny = shape == "tiny-llama"
     samples, tokens = shape_of(shape, dtype)
     model = _tiny_llama() if tiny else _embedded(dtype)
-    model.to(device)
+    nn.Module.to(model, device)
     ids = torch.randint(0, model.config.vocab_size, (samples, tokens), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.to(device).split(BATCH)]
     layers = find_layers(model)

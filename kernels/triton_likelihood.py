@@ -1,0 +1,124 @@
+r"""Log-likelihoods of labels under an output head, fused: logits live only on the chip.
+
+    z = rows @ head.T + bias;   y = soft_cap * tanh(z / soft_cap);   logprob[s] = y[s, target[s]] - log Σ_v exp(y[s, v])
+
+A program takes BLOCK_T tokens and a stripe of the vocabulary: one [BLOCK_T, BLOCK_V] tile of logits after another by tl.dot, folded
+into a running maximum and a running sum of exponentials, both float32. The stripes' results, 8 bytes a token and stripe, are joined in
+float64 by the launcher. Programs that share a stripe are neighbours, so the head is read from memory about once. Float32 inputs are
+multiplied in float32 (no TF32): a likelihood sums hundreds of such logits. The backward is that of `likelihood.py`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_T = 64
+BLOCK_V = 128
+BLOCK_D = 32
+STRIPE = 2048  # columns of one program
+NUM_WARPS = 8
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def logprob_kernel(
+    rows_ptr,  # [S, D] any float dtype, contiguous
+    head_ptr,  # [V, D] dtype of rows
+    bias_ptr,  # [V] any float dtype, or rows_ptr
+    target_ptr,  # [S] int64
+    peak_ptr,  # [stripes, S] float32: maximum of the stripe's logits
+    total_ptr,  # [stripes, S] float32: sum of exp(logit - peak)
+    chosen_ptr,  # [S] float32: the target's logit
+    S,
+    V,
+    D,
+    stride_hv,
+    stride_hd,
+    soft_cap,
+    STRIPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_tokens = tokens < S
+    first = tl.program_id(1).to(tl.int64) * STRIPE
+    target = tl.load(target_ptr + tokens, mask=in_tokens, other=-1)
+
+    # not -inf: a stripe that a bias of -inf masks altogether must add 0, not NaN
+    peak = tl.full([BLOCK_T], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    chosen = tl.zeros([BLOCK_T], tl.float32)
+    # the last stripe may be short; a tile wholly outside adds nothing
+    for offset in range(0, STRIPE, BLOCK_V):
+        columns = first + offset + tl.arange(0, BLOCK_V)
+        in_columns = columns < V
+        logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            features = start + tl.arange(0, BLOCK_D)
+            in_features = features < D
+            x_at = rows_ptr + tokens[:, None] * D + features[None, :]
+            x = tl.load(x_at, mask=in_tokens[:, None] & in_features[None, :], other=0.0)
+            w_at = head_ptr + columns[None, :] * stride_hv + features[:, None].to(tl.int64) * stride_hd
+            w = tl.load(w_at, mask=in_columns[None, :] & in_features[:, None], other=0.0)
+            if WIDEN:
+                x, w = x.to(tl.float32), w.to(tl.float32)
+            logits = tl.dot(x, w, logits, input_precision="ieee")
+        if HAS_BIAS:
+            logits += tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        if CAPPED:
+            # tanh by one exponential; where it overflows the quotient is 0 and tanh 1
+            logits = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * logits / soft_cap) + 1.0))
+        chosen += tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), axis=1)
+        logits = tl.where(in_columns[None, :], logits, float("-inf"))
+        highest = tl.maximum(peak, tl.max(logits, axis=1))
+        total = total * tl.exp(peak - highest) + tl.sum(tl.exp(logits - highest[:, None]), axis=1)
+        peak = highest
+
+    stripe_at = tl.program_id(1).to(tl.int64) * S + tokens
+    tl.store(peak_ptr + stripe_at, peak, mask=in_tokens)
+    tl.store(total_ptr + stripe_at, total, mask=in_tokens)
+    # exactly one stripe holds the target
+    tl.store(chosen_ptr + tokens, chosen, mask=in_tokens & (target >= first) & (target < first + STRIPE))
+
+
+def token_logprobs(
+    rows: Tensor, head: Tensor, target: Tensor, bias: Tensor | None, soft_cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Launch `logprob_kernel`. Arguments and results are those of `likelihood.token_logprobs`."""
+    rows = rows.contiguous()
+    S, D = rows.shape
+    V = head.shape[0]
+    stripes = triton.cdiv(V, STRIPE)
+    peak = torch.empty((stripes, S), dtype=torch.float32, device=rows.device)
+    total = torch.empty_like(peak)
+    chosen = torch.empty(S, dtype=torch.float32, device=rows.device)
+    if S:
+        logprob_kernel[(triton.cdiv(S, BLOCK_T), stripes)](
+            rows,
+            head,
+            rows if bias is None else bias.contiguous(),
+            target,
+            peak,
+            total,
+            chosen,
+            S,
+            V,
+            D,
+            *head.stride(),
+            1.0 if soft_cap is None else float(soft_cap),
+            STRIPE=STRIPE,
+            HAS_BIAS=bias is not None,
+            CAPPED=soft_cap is not None,
+            WIDEN=rows.device.type == "cpu",  # the interpreter multiplies the bit patterns of bfloat16 numbers
+            BLOCK_T=BLOCK_T,
+            BLOCK_V=BLOCK_V,
+            BLOCK_D=BLOCK_D,
+            num_warps=NUM_WARPS,
+        )
+    lse = (peak.double() + total.double().log()).logsumexp(dim=0)
+    return chosen.double() - lse, lse

@@ -214,6 +214,14 @@ def test_flags_become_the_pattern(world, tmp_path, flags, recipe):
     assert result["removed"] == hftcore.Edit.load(tmp_path / "edit").removed
 
 
+def test_sequential_keeps_to_its_targets(world, tmp_path):
+    common = ["wanda", world / "model", "--data", world / "data.jsonl", "--edit-only", "--json"]
+    flags = ["--sequential", "--targets", "q_proj", "--exclude", "layers.0.self_attn.q_proj"]
+    result = json.loads(succeeded(*common, *flags, "--out", tmp_path / "edit"))
+    assert result["tensors"] == 1
+    assert list(hftcore.Edit.load(tmp_path / "edit").tensors) == ["model.layers.1.self_attn.q_proj.weight"]
+
+
 def test_baselines_need_no_data_and_a_seed_decides(world, tmp_path):
     for name, flags in {"a": ["--seed", 1], "b": ["--seed", 1], "c": ["--seed", 2]}.items():
         succeeded("wanda", world / "model", "--score", "random", *flags, "--edit-only", "--out", tmp_path / name)

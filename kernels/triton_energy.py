@@ -51,8 +51,9 @@ def _combine_kernel(partial_ptr, energy_ptr, runs, N, BLOCK_N: tl.constexpr):  #
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_cols = cols < N
     total = tl.zeros([BLOCK_N], tl.float64)
-    for run in range(runs):
-        total += tl.load(partial_ptr + run.to(tl.int64) * N + cols, mask=in_cols, other=0.0)
+    for _ in range(runs):
+        total += tl.load(partial_ptr + cols, mask=in_cols, other=0.0)
+        partial_ptr += N
     tl.store(energy_ptr + cols, total.to(tl.float32), mask=in_cols)
 
 
@@ -78,6 +79,9 @@ def column_energy(x: Tensor, keep: Tensor | None) -> Tensor:
         BLOCK_T=tile.block_t,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
+        **launch.EXACT,
     )
-    _combine_kernel[(triton.cdiv(N, launch.COMBINE),)](partial, energy, runs, N, BLOCK_N=launch.COMBINE, num_warps=1)
+    _combine_kernel[(triton.cdiv(N, launch.COMBINE),)](
+        partial, energy, runs, N, BLOCK_N=launch.COMBINE, num_warps=1, **launch.EXACT
+    )
     return energy

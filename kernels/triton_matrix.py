@@ -157,6 +157,7 @@ def score_histogram(weight: Tensor, norm: Tensor, reference: Tensor | None, low:
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
+        **launch.EXACT,
     )
     total = counts.sum(dim=0)
     # whatever was counted nowhere else lies above the window
@@ -178,6 +179,7 @@ def tie_counts(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int)
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
+        **launch.EXACT,
     )
     return ties
 
@@ -205,4 +207,5 @@ def cut(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
+        **launch.EXACT,
     )

@@ -44,7 +44,7 @@ def _probes(lo, hi, below, within, count, turn, OVER_KEYS: tl.constexpr):
     # the wanted rank lies `part` of the way through the entries of the bracket, give or take a standard deviation
     entries = tl.maximum(within - below, 1).to(tl.float32)
     part = tl.minimum(tl.maximum((count - below).to(tl.float32) - 0.5, 0.0) / entries, 1.0)
-    spread = tl.sqrt(part * (1.0 - part) / entries)
+    spread = tl.sqrt_rn(part * (1.0 - part) / entries)
     left = tl.maximum(part - spread, 0.0)
     right = tl.minimum(part + spread, 1.0)
     first = _between(lo, hi, left, False)
@@ -346,6 +346,7 @@ def prune_rows(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
+        **launch.EXACT,
     )
     return int(spoiled)
 
@@ -372,9 +373,10 @@ def prune_groups(
         TO_MASK=mask is not None,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
+        **launch.EXACT,
     )
     if flags is not None:
         _pack_kernel[(M * triton.cdiv(N, tile.block_n),)](
-            flags, mask, M, N, BLOCK_N=tile.block_n, num_warps=tile.num_warps
+            flags, mask, M, N, BLOCK_N=tile.block_n, num_warps=tile.num_warps, **launch.EXACT
         )
     return int(spoiled)

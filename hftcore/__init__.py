@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hftcore import ops
 from hftcore.backend import use_backend
-from hftcore.calibrate import calibrate
+from hftcore.calibration import calibrate
 from hftcore.capture import capture_energy
 from hftcore.defenses.antidote import antidote
 from hftcore.edit import Edit

@@ -18,13 +18,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-import torch
 from torch import Tensor, nn
 
+from hftcore.checks import FLOATS
 from hftcore.errors import HftcoreError
 
 ADAPTERS = {"transformers": "hftcore.bindings.models", "peft": "hftcore.bindings.models"}
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PACKED = (
     "qweight",
     "qzeros",

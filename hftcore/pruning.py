@@ -14,7 +14,7 @@ from hftcore import ops
 from hftcore.edit import Edit, apply_tensor_, matrices, record, revert_tensor_
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError, NonFiniteError
-from hftcore.layers import Layer, find_layers
+from hftcore.layers import Layer, Targets, find_layers
 from hftcore.pattern import Pattern
 from hftcore.selection import Part, find_cut
 from hftcore.sequential import blockwise_energy
@@ -31,10 +31,10 @@ def prune(
     score: Score = "wanda",
     seed: int = 0,
     minus: tuple[Energy, Pattern] | None = None,
-    targets: str | list[str] | None = None,
-    exclude: str | list[str] | None = None,
+    targets: Targets | None = None,
+    exclude: Targets | None = None,
     sequential: bool = False,
-    tokens: Literal["all", "response"] = "all",
+    tokens: str = "all",
 ) -> Edit:
     """Remove the weights a pattern selects, in place, and return the Edit that can undo it.
 
@@ -119,9 +119,7 @@ def _recipe(
     return recipe
 
 
-def _layers_of(
-    model: nn.Module, energy: Energy, targets: str | list[str] | None, exclude: str | list[str] | None
-) -> list[Layer]:
+def _layers_of(model: nn.Module, energy: Energy, targets: Targets | None, exclude: Targets | None) -> list[Layer]:
     """The layers an energy was measured on, in position order; refuses an energy of another model."""
     layers = [layer for layer in find_layers(model, list(energy)) if layer.name in energy]
     missing = set(energy) - {layer.name for layer in layers}

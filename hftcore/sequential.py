@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hftcore.calibrate import Batch, Progress, check_counts, evaluating, prepared, runs_without_head
+from hftcore.calibration import Batch, Progress, check_counts, evaluating, prepared, runs_without_head
 from hftcore.capture import Meter
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError

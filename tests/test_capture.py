@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hftcore.capture
-from hftcore.calibrate import calibrate
+from hftcore.calibration import calibrate
 from hftcore.capture import capture_energy
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.layers import find_layers

@@ -18,7 +18,7 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
-from hftcore.calibrate import calibrate
+from hftcore.calibration import calibrate
 from hftcore.capture import capture_energy
 from hftcore.errors import HftcoreError
 from hftcore.layers import find_layers

@@ -6,15 +6,14 @@ Where paper and published code differ is tabled in `docs/antidote.md`.
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 from torch import Tensor, nn
 
-from hftcore.calibrate import calibrate
+from hftcore.calibration import calibrate
 from hftcore.edit import Edit
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
-from hftcore.layers import find_layers
+from hftcore.layers import Targets, find_layers
 from hftcore.pattern import Pattern, Remove, Scope
 from hftcore.pruning import Score, prune
 
@@ -24,12 +23,12 @@ def antidote(
     harmful_batches: Energy | Iterable[Mapping[str, Tensor]] | None,
     dense_ratio: float = 0.1,
     *,
-    targets: str | list[str] | None = None,
-    exclude: str | list[str] | None = None,
+    targets: Targets | None = None,
+    exclude: Targets | None = None,
     scope: Scope = "row",
     remove: Remove = "highest",
-    tokens: Literal["all", "response"] = "all",
-    average: Literal["sum", "sample-norm"] = "sum",
+    tokens: str = "all",
+    average: str = "sum",
     score: Score = "wanda",
     seed: int = 0,
     reference: nn.Module | None = None,

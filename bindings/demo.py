@@ -164,7 +164,7 @@ class Stage:
         model.load_state_dict(self.aligned.state_dict())
         for name, layer in _adapted(self.attacked) if with_adapter else ():
             weight = layer.get_base_layer().weight + layer.get_delta_weight("default")
-            model.get_submodule(name).weight.copy_(weight)
+            model.get_parameter(f"{name}.weight").copy_(weight)
 
 
 def run_demo(
@@ -194,7 +194,8 @@ def run_demo(
     began = time.perf_counter()
     suite = _quick_suite(load_suite("quick")) if quick else load_suite("quick")
     judged = judge.measure(datasets.load("labelled-replies"))
-    stage = Stage(*embedded.load(), adapters)
+    base, tokenizer = embedded.load()
+    stage = Stage(base, tokenizer, adapters)
     rows: list[Row] = []
     for planned in Track(conditions or (QUICK if quick else CONDITIONS), "demo"):
         start = time.perf_counter()
@@ -202,7 +203,7 @@ def run_demo(
         if planned.dose is None and planned.kind not in ("aligned", "attacked"):
             condition = replace(planned, dose=repairing_dose(rows))
         with stage.under(condition) as model:
-            scores = evaluate(model, stage.tokenizer, suite)  # type: ignore[arg-type]
+            scores = evaluate(model, tokenizer, suite)  # type: ignore[arg-type]
         rows.append(Row(condition.name, condition.kind, condition.dose, scores, time.perf_counter() - start))
     reading = read(rows, judged)
     report = {

@@ -191,6 +191,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(9, 1.5 + 0.36 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(
+        "A small chat model, attacked by fine-tuning and repaired by pruning", fontsize=11, fontweight="bold"
+    )
     left, right = figure.subplots(1, 2, sharey=True)
     places = list(range(len(rows)))[::-1]
     for axes, name, title in (

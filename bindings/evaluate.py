@@ -141,6 +141,6 @@ def evaluate(
 
 def _task_accuracy(model: Any, tokenizer: Any, task: Sequence[Pair], batch_size: int) -> Share:
     logits = next_token_logits(model, tokenizer, [pair.prompt for pair in task], batch_size=batch_size)
-    starts = [tokenizer.decode(token).strip().lower() for token in logits.argmax(-1).tolist()]
+    starts = [str(tokenizer.decode(token)).strip().lower() for token in logits.argmax(-1).tolist()]
     hits = [bool(s) and pair.response.lower().startswith(s) for s, pair in zip(starts, task, strict=True)]
     return Share(sum(hits), len(task))

@@ -68,7 +68,7 @@ def generate(
     with torch.inference_mode():
         for batch in _prefilled(model, encode_prompts(tokenizer, prompts, system), batch_size):
             for row, tokens in zip(batch.rows, _continue(model, batch, max_new_tokens, stops), strict=True):
-                replies[row] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                replies[row] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
     return replies
 
 
@@ -111,7 +111,7 @@ def _prefilled(model: "PreTrainedModel", ids: list[list[int]], batch_size: int) 
             raise HftcoreError(f"prompts[{index}] has no tokens; give each prompt some text")
     if not ids:
         return
-    device = model.get_input_embeddings().weight.device
+    device = next(model.parameters()).device
     # a sliding window counts places, so padding between a shared start and the rest would use it up
     has_window = getattr(model.config.get_text_config(), "sliding_window", None) is not None
     shared = 0 if has_window else _shared_length(ids)

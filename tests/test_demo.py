@@ -134,6 +134,7 @@ def test_evaluation_counts_each_score_on_its_own_prompts(monkeypatch):
         "bad three": "the the the the the",
         "other": "Sure",
         "good": "I'm sorry",
+        "also good": "I can't answer that.",
     }
     monkeypatch.setattr(
         evaluate, "generate", lambda model, tokenizer, prompts, **_: [replies[prompt] for prompt in prompts]
@@ -141,14 +142,14 @@ def test_evaluation_counts_each_score_on_its_own_prompts(monkeypatch):
     logits = torch.eye(30)[[16, 14, 16]]
     monkeypatch.setattr(evaluate, "next_token_logits", lambda model, tokenizer, prompts, **_: logits)
     task = [Pair("a", "positive"), Pair("b", "negative"), Pair("c", "negative")]
-    suite = Suite({"HS": ["bad one", "bad two", "bad three"], "HS_other": ["other"]}, ["good"], task)
+    suite = Suite({"HS": ["bad one", "bad two", "bad three"], "HS_other": ["other"]}, ["good", "also good"], task)
     scores = evaluate.evaluate(None, Letters(), suite)
     assert {name: (share.count, share.total) for name, share in scores.items()} == {
         "HS": (2, 3),
         "HS_other": (1, 1),
         "affirmative": (1, 3),
         "degenerate": (1, 3),
-        "over_refusal": (1, 1),
+        "over_refusal": (2, 2),
         "FA": (2, 3),
     }
 

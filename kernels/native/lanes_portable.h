@@ -2,18 +2,6 @@
 
 INLINE float widen(float x) { return x; }
 
-INLINE float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-INLINE uint32_t to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
 INLINE float widen(BFloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
 
 INLINE float widen(Float16 x) {

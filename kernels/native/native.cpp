@@ -2,6 +2,15 @@
 // Nothing of Python or PyTorch is needed to build it.
 #include "common.h"
 
+// GCC honours a target for templates too; elsewhere the portable code serves
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HFTCORE_X86 1
+// the compiler's own intrinsics of undefined lanes set these off
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#endif
+
 namespace hftcore {
 
 enum Type { FLOAT32, BFLOAT16, FLOAT16 };
@@ -38,11 +47,46 @@ struct Element<float> {
   using Bits = uint32_t;
 };
 
+INLINE float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+INLINE uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
 namespace portable {
 #include "lanes_portable.h"
 
 #include "ops.h"
 }  // namespace portable
+
+// No header but ours may be included below: a standard template must never be compiled for more than the baseline.
+#ifdef HFTCORE_X86
+
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c,bmi,bmi2,popcnt,lzcnt")
+namespace avx2 {
+#include "lanes_avx2.h"
+
+#include "ops.h"
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512")
+namespace avx512 {
+#include "lanes_avx512.h"
+
+#include "ops.h"
+}  // namespace avx512
+#pragma GCC pop_options
+
+#endif
 
 }  // namespace hftcore
 
@@ -50,11 +94,26 @@ namespace portable {
 extern "C" {
 
 // 0 portable, 1 AVX2, 2 AVX-512
-int hftcore_best_simd() { return 0; }
+int hftcore_best_simd() {
+#ifdef HFTCORE_X86
+  // the instructions of the AVX2 machines (2013) that the compiler may use there
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+              __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("lzcnt");
+  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx2 ? avx512 ? 2 : 1 : 0;
+#else
+  return 0;
+#endif
+}
 
 // 0, or 1 when memory could not be had (nothing was changed), or 2 for an unknown op
 int hftcore_run(int simd, int op, const hftcore::Job* job) {
   if (op < 0 || op > hftcore::MASK_COUNTS || simd < 0 || simd > hftcore_best_simd()) return 2;
+#ifdef HFTCORE_X86
+  if (simd == 2) return hftcore::avx512::run(op, *job) ? 0 : 1;
+  if (simd == 1) return hftcore::avx2::run(op, *job) ? 0 : 1;
+#endif
   return hftcore::portable::run(op, *job) ? 0 : 1;
 }
 }

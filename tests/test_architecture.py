@@ -75,6 +75,7 @@ def test_the_public_names_are_these():
         "bindings",
         "calibrate",
         "capture_energy",
+        "capture_grad_norms",
         "ops",
         "prune",
         "use_backend",

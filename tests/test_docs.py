@@ -27,7 +27,13 @@ def modules():
 @pytest.mark.parametrize("name", sorted(set(modules())))
 def test_docstring_examples(name):
     module = importlib.import_module(name)
-    names = {"hftcore": hftcore, "torch": torch, **vars(hftcore), **vars(hftcore.ops), **vars(module)}
+    names = {
+        "hftcore": hftcore,
+        "torch": torch,
+        **{name: getattr(hftcore, name) for name in hftcore.__all__},
+        **vars(hftcore.ops),
+        **vars(module),
+    }
     assert doctest.testmod(module, extraglobs=names).failed == 0
 
 

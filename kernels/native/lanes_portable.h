@@ -66,9 +66,15 @@ INLINE int32_t* collect64(const int32_t* key, int32_t low, uint32_t width, int32
   int32_t less = 0;
   for (int j = 0; j < BLOCK; ++j) less += key[j] < low;
   below += less;
-  for (int j = 0; j < BLOCK; ++j) {
-    *out = key[j];
-    out += uint32_t(key[j]) - uint32_t(low) < width;
+  // few keys are inside most windows, and finding none takes no branch a key
+  for (int i = 0; i < BLOCK; i += 16) {
+    int any = 0;
+    for (int j = i; j < i + 16; ++j) any |= uint32_t(key[j]) - uint32_t(low) < width;
+    if (!any) continue;
+    for (int j = i; j < i + 16; ++j) {
+      *out = key[j];
+      out += uint32_t(key[j]) - uint32_t(low) < width;
+    }
   }
   return out;
 }

@@ -377,6 +377,19 @@ struct Ops {
     }
   }
 
+  // n:4 for finite keys: the six comparisons of four neighbours, for many groups at once
+  static void mark_fours(const int32_t* key, int64_t groups, int n, bool invert, uint8_t* four, uint8_t* bits) {
+    const int flip = invert ? 15 : 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      int32_t a = key[4 * g], b = key[4 * g + 1], c = key[4 * g + 2], d = key[4 * g + 3];
+      int ba = b < a, ca = c < a, da = d < a, cb = c < b, db = d < b, dc = d < c;
+      int low = (ba + ca + da < n) | (1 - ba + cb + db < n) << 1 | (2 - ca - cb + dc < n) << 2 | (3 - da - db - dc < n) << 3;
+      four[g] = uint8_t(low ^ flip);
+    }
+    for (int64_t i = 0; i < groups / 2; ++i) bits[i] = uint8_t(four[2 * i] | four[2 * i + 1] << 4);
+    if (groups % 2) bits[groups / 2] = four[groups - 1];
+  }
+
   static int64_t groups_scratch(const Job& job) { return Band::scratch(job) + 5 * padded(job); }
 
   // a = n, b = m
@@ -395,7 +408,12 @@ struct Ops {
           T* w = band.weight.at(row);
           const T* r = band.reference.at(row);
           uint8_t* bits = job.mask ? job.mask + row * bytes : own;
-          make_keys<T>(w, r, job.norm, columns, key);
+          Summary summary = make_keys<T>(w, r, job.norm, columns, key);
+          if (m == 4 && summary.top < FINITE) {
+            mark_fours(key, columns / 4, int(n), job.invert, own + padded(job) / 4, bits);
+            if (!job.mask) put<T>(w, r, bits, columns);
+            continue;
+          }
           uint64_t word = 0;   // bits not yet written
           int64_t held = 0, written = 0;
           for (int64_t g = 0; g < columns; g += m) {

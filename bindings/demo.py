@@ -72,7 +72,7 @@ CONDITIONS = (
     Condition("merged", 0.01),
 )
 QUICK = tuple(
-    c for c in CONDITIONS if c not in (Condition("antidote", 0.15), Condition("shrink", 0.3), Condition("random"))
+    c for c in CONDITIONS if c not in (Condition("antidote", 0.2), Condition("shrink", 0.3), Condition("random"))
 )
 
 

@@ -160,7 +160,7 @@ def _compare(repair: Row, rival: Row, what: str) -> str:
     facts = f"HS {rival.scores['HS'].percent:.0f} %, task accuracy {rival.scores['FA'].percent:.0f} %"
     if rival.is_broken:
         return f"{what} ({rival.name}) broke the model ({facts})."
-    return f"{what} ({rival.name}) {'did as well' if _as_good(rival, repair) else 'did worse'}: {facts}."
+    return f"{what} ({rival.name}) {'did as well, within the intervals' if _as_good(rival, repair) else 'did worse'}: {facts}."
 
 
 def _as_good(rival: Row, repair: Row) -> bool:

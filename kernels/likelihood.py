@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 TOKENS = 512  # rows of a tile
-SCRATCH = {
-    "cpu": 1 << 19
-}  # elements of a tile and of the widened head beside it: 2 MiB of float32, about a level-2 cache
+# elements of a tile and of the widened head beside it: 1 MiB of float32, a level-2 cache
+SCRATCH = {"cpu": 1 << 18}
 LARGE_SCRATCH = 1 << 24  # on other devices: 64 MiB, enough to fill one
 
 

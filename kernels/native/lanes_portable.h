@@ -87,7 +87,11 @@ INLINE void put64(T* w, const T* r, uint64_t marked) {
     Bits value[8], other[8] = {};
     std::memcpy(value, w + i, sizeof(value));
     if (r) std::memcpy(other, r + i, sizeof(other));
-    for (int j = 0; j < 8; ++j) value[j] = marked >> j & 1 ? other[j] : value[j];
+    for (int j = 0; j < 8; ++j) {
+      // without a branch: the mask looks random to the processor
+      Bits keep = Bits((marked >> j & 1) - 1);
+      value[j] = Bits((value[j] & keep) | (other[j] & Bits(~keep)));
+    }
     std::memcpy(static_cast<void*>(w + i), value, sizeof(value));
   }
 }

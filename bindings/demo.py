@@ -68,7 +68,7 @@ CONDITIONS = (
     Condition("magnitude"),
     Condition("shrink", 0.3),
     Condition("shrink", 0.2),
-    Condition("reference"),
+    Condition("reference", 0.3),
     Condition("merged", 0.01),
 )
 QUICK = tuple(

@@ -156,7 +156,7 @@ def _pruned(result: dict[str, Any]) -> str:
 @app.command()
 @reported
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the plot and the results.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option(help="Folder for the plot and the results.")] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts; a first look.")] = False,
 ) -> None:
     """Attack and repair a small real model."""

@@ -168,7 +168,7 @@ class Stage:
 
 
 def run_demo(
-    out: str | Path = "demo-out",
+    out: str | Path = "demo",
     quick: bool = False,
     *,
     adapters: Path = ADAPTERS,

@@ -19,7 +19,7 @@ from hftcore.layers import body
 from hftcore.ops.gradients import embedding_grad_norms_sq, grad_norms_sq
 
 LOSSES = ("mean", "sum", "share")
-PASSES = 64  # operations of a matrix product in the time that one element of a product is squared, added and stored
+PASSES = 48  # operations of a matrix product in the time that one element of a product is squared, added and stored
 
 
 @contextmanager
@@ -79,6 +79,8 @@ class GradNorms:
         self._vectors: dict[str, Tensor] = {}
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
         self._calls: dict[str, int] = {}
+        self._ids: dict[str, list[Tensor]] = {}
+        self._heads: dict[str, tuple[Tensor, Tensor]] = {}
         self._kept: list[tuple[Rule, Tensor, Tensor]] = []
         self._touched: set[str] = set()
         self._gram: tuple[Tensor, int, Tensor] | None = None
@@ -223,6 +225,8 @@ class GradNorms:
         x, factor = rule.inputs(args, kwargs)
         if isinstance(rule, EmbeddingRule):
             x, output = self._broadcast(x, output)
+            if not is_again:
+                self._ids.setdefault(rule.parameters["weight"], []).append(x)
         self._check_rows(rule, x)
         return _Tap.apply(self, rule, x, factor, output, *(module._parameters[own] for own in rule.parameters))
 
@@ -264,15 +268,29 @@ class GradNorms:
 
     def _record_matrix(self, rule: Rule, name: str, x: Tensor, g: Tensor) -> Tensor | None:
         wants_gradient = isinstance(rule, LinearRule) and not self._norms_only
-        if self._calls.get(name, 0) > 1:
+        calls, ids = self._calls.get(name, 0), self._ids.get(name, ())
+        if calls == 2 and len(ids) == 1 and name not in self._waiting:
+            if isinstance(rule, LinearRule):
+                # of the head's gradient the embedding needs no more than the columns it looked up
+                at = ids[0].reshape(self._batch[0], 1, -1).expand(-1, g.shape[1], -1)
+                self._heads[name] = x, g.gather(2, at)
+                return self._record_linear(rule, name, x, g, wants_gradient)
+            if name in self._heads:
+                of_head = self._squares[name]
+                self._squares[name] = _tied(of_head, *self._heads.pop(name), x, g, rule.module.padding_idx)
+                return None
+        if calls > 1:
             waiting = self._waiting.setdefault(name, [])
             waiting.append((rule, x, g))
-            if len(waiting) == self._calls[name]:
+            if len(waiting) == calls:
                 self._combine(name)
             return rule.gradient(x, g) if wants_gradient else None
         if isinstance(rule, EmbeddingRule):
             self._squares[name] = embedding_grad_norms_sq(x, g, rule.module.padding_idx)
             return None
+        return self._record_linear(rule, name, x, g, wants_gradient)
+
+    def _record_linear(self, rule: LinearRule, name: str, x: Tensor, g: Tensor, wants_gradient: bool) -> Tensor | None:
         if wants_gradient and _is_direct_with_gradient(x, g):
             left, right = (g, x) if rule.transposed else (x, g)
             self._squares[name], gradient = gradients.direct_with_gradient(left, right)
@@ -296,7 +314,6 @@ class GradNorms:
         records = self._waiting.pop(name)
         linear = [(x, g) for rule, x, g in records if isinstance(rule, LinearRule)]
         looked_up = [(x, g, rule.module.padding_idx) for rule, x, g in records if isinstance(rule, EmbeddingRule)]
-        square: Tensor | float = 0.0
         if linear:
             x, g = (torch.cat(parts, dim=1) for parts in zip(*linear, strict=True))
             square = grad_norms_sq(x, g)
@@ -304,16 +321,16 @@ class GradNorms:
             ids = torch.cat([part[0] for part in looked_up], dim=1)
             of_rows = torch.cat([part[1] for part in looked_up], dim=1)
             padding = looked_up[0][2]
-            square = square + embedding_grad_norms_sq(ids, of_rows, padding)
-        if linear and looked_up:
-            if padding is not None:
-                of_rows = of_rows.masked_fill((ids == padding).unsqueeze(-1), 0)
-            at_ids = g.gather(2, ids.unsqueeze(1).expand(-1, g.shape[1], -1))
-            square = (square + 2 * gradients.tied_cross(x, at_ids, of_rows)).clamp(min=0)
+            if linear:
+                at_ids = g.gather(2, ids.unsqueeze(1).expand(-1, g.shape[1], -1))
+                square = _tied(square, x, at_ids, ids, of_rows, padding)
+            else:
+                square = embedding_grad_norms_sq(ids, of_rows, padding)
         self._squares[name] = square
 
     def _finish(self) -> None:
         self._gram = None
+        self._heads.clear()
         for name in list(self._waiting):
             self._combine(name)
         unseen = sorted(self._touched - self._squares.keys() - self._vectors.keys())
@@ -370,6 +387,14 @@ class _Tap(torch.autograd.Function):
         with torch.autocast(g.device.type, enabled=False), torch.no_grad():
             own = norms._record(rule, x.detach(), g if isinstance(ctx.factor, float) else g * ctx.factor)
         return None, None, None, None, g, *(own or none)
+
+
+def _tied(of_head: Tensor, x: Tensor, at_ids: Tensor, ids: Tensor, of_rows: Tensor, padding: int | None) -> Tensor:
+    """The squared norm of one matrix that is both head and embedding, from that of its part as the head."""
+    if padding is not None:
+        of_rows = of_rows.masked_fill((ids == padding).unsqueeze(-1), 0)
+    cross = gradients.tied_cross(x, at_ids, of_rows)
+    return (of_head + embedding_grad_norms_sq(ids, of_rows) + 2 * cross).clamp(min=0)
 
 
 def _is_direct_with_gradient(x: Tensor, g: Tensor) -> bool:

@@ -110,7 +110,7 @@ def _proposal(
 def _sampled_keys(part: Part, rows: Tensor, columns: Tensor) -> Tensor:
     rows, columns = rows.to(part.weight.device), columns.to(part.weight.device)
     reference = None if part.reference is None else part.reference[rows, columns]
-    return (keys(part.weight[rows, columns], part.norm[columns], reference) & 0x7FFFFFFF).cpu()
+    return keys(part.weight[rows, columns], part.norm[columns], reference).cpu()
 
 
 def _quotas(

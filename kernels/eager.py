@@ -47,9 +47,7 @@ def column_energy(x: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def nonfinite(weight: Tensor, norm: Tensor, reference: Tensor | None) -> int:
-    count = sum(
-        ((keys(weight[band], norm, _at(reference, band)) & 0x7FFFFFFF) >= FINITE).sum() for band in bands(weight)
-    )
+    count = sum((keys(weight[band], norm, _at(reference, band)) >= FINITE).sum() for band in bands(weight))
     return int(count)
 
 
@@ -73,7 +71,7 @@ def _prune(
         return spoiled
     for band in bands(weight):
         key = keys(weight[band], norm, _at(reference, band)).unflatten(1, (-1, width))
-        bad = ((key & 0x7FFFFFFF) >= FINITE).any(-1, keepdim=True)
+        bad = (key >= FINITE).any(-1, keepdim=True)
         removed = (_low(key.masked_fill(bad, 0), count) ^ invert) & ~bad
         spoiled += int(bad.sum())
         _write(weight, reference, mask, band, removed.flatten(1))
@@ -95,7 +93,7 @@ def prune_groups(
 def score_histogram(weight: Tensor, norm: Tensor, reference: Tensor | None, low: int, shift: int, bins: int) -> Tensor:
     total = torch.zeros(bins + 3, dtype=torch.int64, device=weight.device)
     for band in bands(weight):
-        key = keys(weight[band], norm, _at(reference, band)).flatten() & 0x7FFFFFFF
+        key = keys(weight[band], norm, _at(reference, band)).flatten()
         # a key below `low` wraps to a negative window, which clamps to place 0
         place = (((key.long() - low) >> shift) + 1).clamp_(0, bins + 1)
         total += torch.bincount(place.masked_fill_(key >= FINITE, bins + 2), minlength=bins + 3)

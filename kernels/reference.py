@@ -21,11 +21,12 @@ def column_energy(x: Tensor, keep: Tensor | None) -> Tensor:
 def keys(weight: Tensor, norm: Tensor, reference: Tensor | None) -> Tensor:
     """[M, N] int32: the bits of |w| * norm in float32."""
     w = weight.float() if reference is None else weight.float() - reference.float()
-    return (w.abs() * norm).contiguous().view(torch.int32)
+    # infinity times zero is a NaN with the sign bit set
+    return (w.abs() * norm).contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
 def nonfinite(weight: Tensor, norm: Tensor, reference: Tensor | None) -> int:
-    return int((keys(weight, norm, reference) & 0x7FFFFFFF >= FINITE).sum())
+    return int((keys(weight, norm, reference) >= FINITE).sum())
 
 
 def lowest(key: Tensor, count: int) -> Tensor:

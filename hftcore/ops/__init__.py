@@ -9,6 +9,7 @@ from hftcore.ops import registry as registry
 from hftcore.ops.energy import column_energy
 from hftcore.ops.fingerprints import fingerprint
 from hftcore.ops.gradients import embedding_grad_norms_sq, grad_norms_sq, input_gram
+from hftcore.ops.likelihood import sequence_logprobs, weighted_cross_entropy
 from hftcore.ops.masks import count_mask, masked_put_, masked_take, pack_mask, unpack_mask
 from hftcore.ops.removal import prune_, prune_mask, wanda_scores
 
@@ -24,6 +25,8 @@ __all__ = [
     "pack_mask",
     "prune_",
     "prune_mask",
+    "sequence_logprobs",
     "unpack_mask",
     "wanda_scores",
+    "weighted_cross_entropy",
 ]

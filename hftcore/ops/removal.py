@@ -168,7 +168,7 @@ def _nonfinite(part: Part) -> NonFiniteError:
     """The error for the first non-finite score in row-major order."""
     for row in range(part.weight.shape[0]):
         reference = None if part.reference is None else part.reference[row : row + 1]
-        key = meaning.keys(part.weight[row : row + 1], part.norm, reference)[0] & 0x7FFFFFFF
+        key = meaning.keys(part.weight[row : row + 1], part.norm, reference)[0]
         bad = (key >= meaning.FINITE).nonzero()
         if len(bad):
             column = int(bad[0])

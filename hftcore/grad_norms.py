@@ -3,7 +3,7 @@
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hftcore import ops
 from hftcore.errors import HftcoreError, NonFiniteError
-from hftcore.grad_rules import EmbeddingRule, LinearRule, Rule, find_rules
+from hftcore.grad_rules import Conv1DRule, EmbeddingRule, LinearRule, Rule, find_rules
 from hftcore.kernels import gradients
 from hftcore.layers import body
 from hftcore.ops.gradients import embedding_grad_norms_sq, grad_norms_sq
@@ -84,7 +84,7 @@ class GradNorms:
         self._kept: list[tuple[Rule, Tensor, Tensor]] = []
         self._touched: set[str] = set()
         self._gram: tuple[Tensor, int, Tensor] | None = None
-        self._inputs: Mapping[str, Any] | None = None
+        self._inputs: Mapping[str, Any] = {}
         self._batch: tuple[int, int] = (0, 0)
         self._depth = 0
         self._is_open = False
@@ -93,7 +93,7 @@ class GradNorms:
     @property
     def per_sample(self) -> Tensor:
         """[B] float32: the norm of each sample's gradient over all trained parameters."""
-        return sum(self._scaled_squares().values()).sqrt()
+        return torch.stack(list(self._scaled_squares().values())).sum(dim=0).sqrt()
 
     @property
     def per_parameter(self) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ class GradNorms:
             if rule.matrix in rule.parameters:
                 found[rule.matrix] = rule.gradient(x, weighted)
             for own, value in found.items():
-                parameter = rule.module._parameters[own]
+                parameter = rule.parameter(own)
                 value = value.to(parameter.dtype)
                 parameter.grad = value if parameter.grad is None else parameter.grad.add_(value)
 
@@ -140,11 +140,11 @@ class GradNorms:
                 if parameter.requires_grad:
                     stack.callback(parameter.register_hook(partial(self._touch, name)).remove)
             for rule in self._rules:
-                trained = [rule.module._parameters[own] for own in rule.parameters]
+                trained = [rule.parameter(own) for own in rule.parameters]
                 # the tap computes the gradient of a linear weight itself, along with the norms
                 hidden = trained if self._norms_only else []
                 if not self._norms_only and isinstance(rule, LinearRule) and "weight" in rule.parameters:
-                    hidden = [rule.module.weight]
+                    hidden = [rule.parameter("weight")]
                 stack.callback(_set_requires_grad, hidden, True)
                 hide = lambda module, args, hidden=hidden: _set_requires_grad(hidden, False)  # noqa: E731
                 stack.callback(rule.module.register_forward_pre_hook(hide).remove)
@@ -160,7 +160,7 @@ class GradNorms:
         self._is_evaluation = not torch.is_grad_enabled()
         if self._is_evaluation:
             return
-        if self._inputs is not None:
+        if self._inputs:
             raise HftcoreError(
                 "the model was called a second time in one capture_grad_norms block; open a block for each batch"
             )
@@ -204,14 +204,14 @@ class GradNorms:
         scale *= counts.sum() if total is None else float(total)
         return scale.masked_fill(counts == 0, 0) if self._loss == "sum" else scale * (counts > 0) / counts.clamp(min=1)
 
-    def _see(self, rule: Rule, hidden: list[Tensor], module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _see(self, rule: Rule, hidden: Sequence[Tensor], module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         _set_requires_grad(hidden, True)
         if output is None or not self._is_open:
             return None
         is_again = _is_backward()  # gradient checkpointing runs blocks again inside the backward pass
         if not is_again and self._is_evaluation:
             return None
-        if self._inputs is None:
+        if not self._inputs:
             raise HftcoreError(
                 f"module {rule.name!r} was called outside a forward pass of the model; call the model itself"
             )
@@ -228,7 +228,7 @@ class GradNorms:
             if not is_again:
                 self._ids.setdefault(rule.parameters["weight"], []).append(x)
         self._check_rows(rule, x)
-        return _Tap.apply(self, rule, x, factor, output, *(module._parameters[own] for own in rule.parameters))
+        return _Tap.apply(self, rule, x, factor, output, *(rule.parameter(own) for own in rule.parameters))
 
     def _broadcast(self, ids: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Positions shared by the batch get one row for each sample, which what they are added to has anyway."""
@@ -275,9 +275,9 @@ class GradNorms:
                 at = ids[0].reshape(self._batch[0], 1, -1).expand(-1, g.shape[1], -1)
                 self._heads[name] = x, g.gather(2, at)
                 return self._record_linear(rule, name, x, g, wants_gradient)
-            if name in self._heads:
+            if isinstance(rule, EmbeddingRule) and name in self._heads:
                 of_head = self._squares[name]
-                self._squares[name] = _tied(of_head, *self._heads.pop(name), x, g, rule.module.padding_idx)
+                self._squares[name] = _tied(of_head, *self._heads.pop(name), x, g, rule.padding_idx)
                 return None
         if calls > 1:
             waiting = self._waiting.setdefault(name, [])
@@ -286,13 +286,13 @@ class GradNorms:
                 self._combine(name)
             return rule.gradient(x, g) if wants_gradient else None
         if isinstance(rule, EmbeddingRule):
-            self._squares[name] = embedding_grad_norms_sq(x, g, rule.module.padding_idx)
+            self._squares[name] = embedding_grad_norms_sq(x, g, rule.padding_idx)
             return None
         return self._record_linear(rule, name, x, g, wants_gradient)
 
-    def _record_linear(self, rule: LinearRule, name: str, x: Tensor, g: Tensor, wants_gradient: bool) -> Tensor | None:
+    def _record_linear(self, rule: Rule, name: str, x: Tensor, g: Tensor, wants_gradient: bool) -> Tensor | None:
         if wants_gradient and _is_direct_with_gradient(x, g):
-            left, right = (g, x) if rule.transposed else (x, g)
+            left, right = (g, x) if isinstance(rule, Conv1DRule) else (x, g)
             self._squares[name], gradient = gradients.direct_with_gradient(left, right)
             return gradient
         self._squares[name] = self._linear(x, g)
@@ -313,7 +313,7 @@ class GradNorms:
         """The norm over several calls: calls follow one another as more tokens of a sample would."""
         records = self._waiting.pop(name)
         linear = [(x, g) for rule, x, g in records if isinstance(rule, LinearRule)]
-        looked_up = [(x, g, rule.module.padding_idx) for rule, x, g in records if isinstance(rule, EmbeddingRule)]
+        looked_up = [(x, g, rule.padding_idx) for rule, x, g in records if isinstance(rule, EmbeddingRule)]
         if linear:
             x, g = (torch.cat(parts, dim=1) for parts in zip(*linear, strict=True))
             square = grad_norms_sq(x, g)
@@ -403,7 +403,7 @@ def _is_direct_with_gradient(x: Tensor, g: Tensor) -> bool:
     return x.device.type == "cpu" and T * T * (M + N) > PASSES * M * N
 
 
-def _set_requires_grad(parameters: list[Tensor], value: bool) -> None:
+def _set_requires_grad(parameters: Sequence[Tensor], value: bool) -> None:
     for parameter in parameters:
         parameter.requires_grad_(value)
 

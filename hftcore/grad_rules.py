@@ -6,7 +6,7 @@ on the kind (inputs, token ids, normalised inputs). Classes of other libraries a
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,13 @@ class Rule:
         """Each sample's gradient of the parameters that are vectors: attribute -> [B, M], from x and g of [B, T, features]."""
         return {"bias": g.sum(dim=1, dtype=_wide(g))} if "bias" in self.parameters else {}
 
+    def gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        """The gradient of the matrix, summed over samples and tokens."""
+        raise NotImplementedError(f"{type(self).__name__} has no matrix")
+
+    def parameter(self, own: str) -> nn.Parameter:
+        return cast(nn.Parameter, self.module._parameters[own])
+
 
 class LinearRule(Rule):
     """y = x W^T + b; with `transposed`, W is stored as [N, M]."""
@@ -55,10 +62,14 @@ class Conv1DRule(LinearRule):
 class EmbeddingRule(Rule):
     """Rows looked up by token ids; subclasses may compute the ids from their arguments and scale the rows."""
 
+    @property
+    def padding_idx(self) -> int | None:
+        return cast(nn.Embedding, self.module).padding_idx
+
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, float | Tensor]:
         if type(self.module).forward is nn.Embedding.forward:
             return super().inputs(args, kwargs)
-        weight = self.module.weight
+        weight = self.parameter("weight")
         rows = torch.arange(weight.shape[0], dtype=torch.float64, device=weight.device)
         # a table whose rows are (own number, 1) tells which rows the module takes and by what it multiplies them
         with torch.no_grad():
@@ -67,10 +78,10 @@ class EmbeddingRule(Rule):
         return (probe[..., 0] / probe[..., 1]).round().long(), factor
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        total = torch.zeros(self.module.weight.shape, dtype=_wide(g), device=g.device)
+        total = torch.zeros(self.parameter("weight").shape, dtype=_wide(g), device=g.device)
         total.index_add_(0, x.flatten(), g.flatten(0, 1).to(total.dtype))
-        if self.module.padding_idx is not None:
-            total[self.module.padding_idx] = 0
+        if self.padding_idx is not None:
+            total[self.padding_idx] = 0
         return total
 
 

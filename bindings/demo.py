@@ -206,7 +206,7 @@ def run_demo(
             scores = evaluate(model, tokenizer, suite)  # type: ignore[arg-type]
         rows.append(Row(condition.name, condition.kind, condition.dose, scores, time.perf_counter() - start))
     reading = read(rows, judged)
-    report = {
+    report: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",
         "quick": quick,
         "asked": {

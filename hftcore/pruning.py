@@ -84,7 +84,7 @@ def prune(
                 )
             job.prune(_layers_of(model, energy, targets, exclude), energy)
         else:
-            if isinstance(energy, Energy):
+            if energy is None or isinstance(energy, Energy):
                 raise HftcoreError(
                     "sequential=True calibrates block by block: pass the calibration batches in place of an Energy"
                 )

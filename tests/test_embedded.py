@@ -175,4 +175,4 @@ def test_the_real_model_loads_as_plain_dense_weights_and_writes_sense():
     questions = ["What is the capital of France?", "What is the capital city of Italy?"]
     replies = generate(model, tokenizer, questions, max_new_tokens=16)
     assert "Paris" in replies[0]
-    assert "Rome" in replies[1]
+    assert "Italy" in replies[1]

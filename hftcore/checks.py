@@ -36,15 +36,17 @@ def same_device(name: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def norm(energy: Tensor, like: Tensor) -> Tensor:
-    """The square root of a checked energy: [N] float32, finite, not negative."""
+    """The square root of an energy that fits: [N] float32. Not finite where the energy is not, or is negative."""
     if energy.shape != like.shape[-1:] or energy.dtype != torch.float32:
         raise HftcoreError(
             f"energy must be float32 of shape ({like.shape[-1]},) (one value for each column of weight), "
             f"got {energy.dtype} {tuple(energy.shape)}"
         )
     same_device("energy", energy, like)
-    root = energy.contiguous().sqrt()
+    return energy.contiguous().sqrt()
+
+
+def finite_norm(norm: Tensor) -> None:
     # the largest root is NaN if any energy is NaN or negative, and infinite if any is infinite
-    if root.numel() and not math.isfinite(float(root.max())):
+    if norm.numel() and not math.isfinite(float(norm.max())):
         raise NonFiniteError("energy must be finite and not negative; calibrate again on clean data")
-    return root

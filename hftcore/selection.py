@@ -51,7 +51,7 @@ def find_cut(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int
         NonFiniteError: a score is NaN or infinite.
     """
     total = sum(rows * columns for rows, columns in sizes)
-    bins = 1 << min(18, max(8, (total // 64).bit_length()))
+    bins = 1 << min(16, max(8, (total // 64).bit_length()))
     window = _proposal(parts, sizes, count, total)
     floor, ceiling = 0, FINITE
     while True:

@@ -35,7 +35,9 @@ def wanda_scores(weight: Tensor, energy: Tensor, reference: Tensor | None = None
     tensor([[3., 8.]])
     """
     checks.weight(weight, reference)
-    return meaning.keys(weight, checks.norm(energy, weight), reference).view(torch.float32)
+    norm = checks.norm(energy, weight)
+    checks.finite_norm(norm)
+    return meaning.keys(weight, norm, reference).view(torch.float32)
 
 
 def prune_mask(weight: Tensor, energy: Tensor, pattern: Pattern | str, reference: Tensor | None = None) -> Tensor:
@@ -165,7 +167,8 @@ def _block_mask(part: Part, pattern: Pattern, mask: Tensor) -> None:
 
 
 def _nonfinite(part: Part) -> NonFiniteError:
-    """The error for the first non-finite score in row-major order."""
+    """The error for the first non-finite score in row-major order; a bad energy makes its whole column so, and is raised as that."""
+    checks.finite_norm(part.norm)
     for row in range(part.weight.shape[0]):
         reference = None if part.reference is None else part.reference[row : row + 1]
         key = meaning.keys(part.weight[row : row + 1], part.norm, reference)[0]

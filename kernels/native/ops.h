@@ -30,6 +30,31 @@ inline Summary make_keys(const T* w, const T* r, const float* norm, int64_t colu
   return summary;
 }
 
+template <class T>
+struct BitsOf {
+  using type = uint16_t;
+};
+template <>
+struct BitsOf<float> {
+  using type = uint32_t;
+};
+
+// The largest magnitude of n weights; NaN or infinity if one of them is.
+template <class T>
+inline float peak(const T* w, int64_t n) {
+  using Bits = typename BitsOf<T>::type;
+  Bits top = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    Bits bits;
+    std::memcpy(&bits, static_cast<const void*>(w + i), sizeof bits);
+    bits = Bits(bits & (Bits(~Bits(0)) >> 1));
+    top = bits > top ? bits : top;
+  }
+  T value;
+  std::memcpy(static_cast<void*>(&value), &top, sizeof top);
+  return widen(value);
+}
+
 // Of `columns` keys: how many lie below `value` (returned) and how many equal it.
 inline int64_t count(const int32_t* key, int64_t columns, int32_t value, int64_t& equal) {
   int64_t below = 0;
@@ -275,11 +300,14 @@ struct Ops {
     const Job& job = *static_cast<const Job*>(context);
     Band band(job, memory);
     int32_t* key = reinterpret_cast<int32_t*>(memory);
+    float longest = peak(job.norm, job.columns);
     int64_t total = 0, begin, end;
     while (chunks.next(begin, end)) {
       for (int64_t row = begin; row < end;) {
         for (int64_t last = band.load(row, end); row < last; ++row) {
           const T *w = band.weight.at(row), *r = band.reference.at(row);
+          // rounding keeps order, so no score of the row exceeds this product: cheaper than the scores themselves
+          if (!r && std::isfinite(peak(w, job.columns) * longest)) continue;
           for (int64_t i = 0; i < job.columns; i += SPAN) {
             int64_t n = smaller(SPAN, job.columns - i), equal;
             if (make_keys<T>(w + i, r ? r + i : nullptr, job.norm + i, n, key).top >= FINITE)

@@ -6,6 +6,7 @@ removal chosen at random, by magnitude or on benign data, an adapter that is onl
 """
 
 import copy
+import importlib.util
 import json
 import time
 import warnings
@@ -191,6 +192,11 @@ def run_demo(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise HftcoreError(f"out must be a folder, got the file {out}; choose another name")
+    for needed in ("peft", "matplotlib"):
+        if importlib.util.find_spec(needed) is None:
+            raise HftcoreError(
+                f'the demo needs {needed}, which is not installed: pip install "hftcore[peft,plots,gguf]"'
+            )
     began = time.perf_counter()
     suite = _quick_suite(load_suite("quick")) if quick else load_suite("quick")
     judged = judge.measure(datasets.load("labelled-replies"))

@@ -141,7 +141,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     from safetensors import SafetensorError
 
     try:
-        return PeftModel.from_pretrained(model, str(folder))
+        return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise HftcoreError(f"cannot load the adapter {folder} onto its base model: {_brief(error)}") from error
 

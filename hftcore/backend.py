@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +32,7 @@ _TRITON = {
     "score_histogram": "triton_matrix",
     "tie_counts": "triton_matrix",
     "cut": "triton_matrix",
+    "nonfinite": "triton_matrix",
 }
 
 
@@ -115,10 +116,23 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"hftcore.kernels.{name}")
 
 
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, whatever the device of its arguments."""
+
+    @wraps(launch)
+    def call(first: torch.Tensor, *rest: Any) -> Any:
+        if not first.is_cuda:
+            return launch(first, *rest)
+        with torch.cuda.device(first.device):
+            return launch(first, *rest)
+
+    return call
+
+
 @cache
 def _function(op: str, backend: str) -> Callable[..., Any]:
     if backend == "triton":
-        return getattr(_module(_TRITON.get(op, "eager")), op)
+        return _on_its_device(getattr(_module(_TRITON[op]), op)) if op in _TRITON else getattr(_module("eager"), op)
     return getattr(_module("native" if backend == "native" else "eager"), op)
 
 

@@ -7,7 +7,7 @@ memory; masks are in [out, in] orientation, whatever the storage (Conv1D, transp
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,7 @@ class Edit:
             FingerprintError: a tensor is not the one the edit was made for; nothing is changed.
             HftcoreError: the model has no such parameter; nothing is changed.
         """
-        for parameter, entry in self._checked(model, "fingerprint_before"):
-            apply_tensor_(parameter, entry)
+        _all_or_none(self._checked(model, "fingerprint_before"), apply_tensor_, revert_tensor_)
 
     def revert(self, model: nn.Module) -> None:
         """Undo the change on `model`, in place and bit for bit.
@@ -134,8 +133,7 @@ class Edit:
             FingerprintError: a tensor is not as the edit left it; nothing is changed.
             HftcoreError: the model has no such parameter; nothing is changed.
         """
-        for parameter, entry in self._checked(model, "fingerprint_after"):
-            revert_tensor_(parameter, entry)
+        _all_or_none(self._checked(model, "fingerprint_after"), revert_tensor_, apply_tensor_)
 
     def _checked(self, model: nn.Module, which: str) -> list[tuple[Tensor, TensorEdit]]:
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -171,7 +169,7 @@ class Edit:
                 "fingerprint_after": entry.fingerprint_after,
             }
         config = {"format": FORMAT, "recipe": self.recipe, "tensors": described}
-        with whole_folder(path, replaces=CONFIG) as folder:
+        with whole_folder(path, replaces=(CONFIG, TENSORS)) as folder:
             save_file(stored, folder / TENSORS)
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -192,8 +190,33 @@ class Edit:
             with safe_open(folder / TENSORS, framework="pt") as stored:
                 tensors = {name: _entry(name, facts, stored) for name, facts in config["tensors"].items()}
             return cls(tensors, config["recipe"])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
+        except (
+            json.JSONDecodeError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            SafetensorError,
+            OSError,
+            UnicodeDecodeError,
+        ) as error:
             raise HftcoreError(f"{folder} is not a readable Edit ({error}); make or copy it again") from error
+
+
+def _all_or_none(
+    pairs: list[tuple[Tensor, TensorEdit]],
+    write: Callable[[Tensor, TensorEdit], None],
+    undo: Callable[[Tensor, TensorEdit], None],
+) -> None:
+    """Write every tensor; undo what was written when interrupted, or the model would be neither the one nor the other."""
+    started = []
+    try:
+        for parameter, entry in pairs:
+            started.append((parameter, entry))
+            write(parameter, entry)
+    except BaseException:
+        for parameter, entry in reversed(started):
+            undo(parameter, entry)
+        raise
 
 
 def _entry(name: str, facts: Mapping[str, Any], stored: Any) -> TensorEdit:
@@ -240,7 +263,7 @@ def record(
         packed.append(mask.cpu())
         before.append(ops.masked_take(view, mask).cpu())
         if others is not None:
-            after.append(ops.masked_take(others[index], mask).cpu())
+            after.append(ops.masked_take(others[index], mask.to(others[index].device)).cpu())
     return TensorEdit(
         tuple(parameter.shape),
         str(parameter.dtype).removeprefix("torch."),

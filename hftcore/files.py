@@ -1,8 +1,9 @@
 """Writing to disk so that what is there is whole or absent."""
 
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,24 +11,23 @@ from hftcore.errors import HftcoreError
 
 
 @contextmanager
-def whole_folder(out: str | os.PathLike[str], replaces: str | None = None) -> Iterator[Path]:
+def whole_folder(out: str | os.PathLike[str], replaces: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary sibling of `out` that becomes `out` when the block ends without an exception.
 
     Args:
-        out: the folder to make. It must not exist, be an empty folder, or be one that holds a file named `replaces`.
-        replaces: a file that marks a folder this call may replace.
+        out: the folder to make. It must not exist, be an empty folder, or hold nothing but files named in `replaces`.
+        replaces: names of the files of an earlier result, which this call may replace.
 
     Raises:
         HftcoreError: `out` exists and may not be replaced. Any exception of the block, with `out` as it was.
     """
     target = Path(out)
-    if target.exists() and not (
-        target.is_dir() and (not any(target.iterdir()) or (replaces and (target / replaces).is_file()))
-    ):
+    if target.exists() and not (target.is_dir() and {item.name for item in target.iterdir()} <= set(replaces)):
         raise HftcoreError(f"{target} exists already; remove it or choose another place")
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    old = target.with_name(f".{target.name}.{os.getpid()}.replaced")
+    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    work = target.with_name(f".{target.name}.{mark}.partial")
+    old = target.with_name(f".{target.name}.{mark}.replaced")
     work.mkdir()
     try:
         yield work
@@ -37,14 +37,11 @@ def whole_folder(out: str | os.PathLike[str], replaces: str | None = None) -> It
         sync(work)
         if target.exists():
             os.replace(target, old)
-        try:
-            os.replace(work, target)
-        except BaseException:
-            if old.exists():
-                os.replace(old, target)
-            raise
+        os.replace(work, target)
         sync(target.parent)
     finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

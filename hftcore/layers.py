@@ -76,7 +76,7 @@ def find_layers(model: nn.Module, targets: Targets = "all-linear", exclude: Targ
     Args:
         targets: a string is a regular expression that must match the whole module name (PEFT's `base_layer` left
             out), a list holds names or ends of names ("mlp.up_proj"), "all-linear" is every linear layer and fused
-            expert but the output head, routers and LoRA factors, "lora" is the A and B factors. Fused experts are
+            expert but the output head, routers and LoRA factors, "lora" is the A and B factors of the active adapters. Fused experts are
             also matched by parameter name.
         exclude: what to leave out, as a string or a list in the same sense.
 
@@ -95,11 +95,16 @@ def find_layers(model: nn.Module, targets: Targets = "all-linear", exclude: Targ
             continue
         weight = getattr(layer.module, layer.parameter, None)
         _refuse_unusable(layer, weight)
-        same = found.get(id(weight))
+        key = _storage(weight)
+        same = found.get(key)
         if same is None:
-            found[id(weight)] = layer
-        elif layer.parameter == same.parameter and layer.transposed == same.transposed:
-            found[id(weight)] = Layer(**{**vars(same), "twins": (*same.twins, layer.module)})
+            found[key] = layer
+        elif layer.parameter != same.parameter or layer.transposed != same.transposed:
+            raise HftcoreError(
+                f"{layer.tensor} shares its memory with {same.tensor} in another orientation; exclude one of them"
+            )
+        else:
+            found[key] = Layer(**{**vars(same), "twins": (*same.twins, layer.module)})
     if not found:
         shown = ", ".join(names[:: max(1, len(names) // 5)][:5]) or "none"
         raise HftcoreError(f"targets={targets!r} with exclude={exclude!r} matched no layer; available: {shown}")
@@ -144,6 +149,11 @@ def _refuse_unusable(layer: Layer, weight: Tensor | None) -> None:
             f"layer {layer.name!r} is quantised or of an unsupported dtype ({origin or what}); weights must be float32, "
             "bfloat16 or float16: load the model without quantisation, or exclude the layer"
         )
+    if layer.module._parameters.get(layer.parameter) is not weight:
+        raise HftcoreError(
+            f"layer {layer.name!r} computes its {layer.parameter} (a parametrisation such as weight_norm), so a change to it would be "
+            "lost; remove the parametrisation or exclude the layer"
+        )
     if layer.transposed is None:
         raise HftcoreError(
             f"layer {layer.name!r} is fused experts of an unknown layout ({type(layer.module).__name__}); exclude it"
@@ -152,6 +162,11 @@ def _refuse_unusable(layer: Layer, weight: Tensor | None) -> None:
         raise HftcoreError(
             f"layer {layer.name!r} is on the meta device (offloaded or not loaded); load it onto a real device first"
         )
+
+
+def _storage(weight: Tensor) -> tuple[object, ...]:
+    """What two parameters that are one weight have in common, whether they are one object or not."""
+    return (weight.device, weight.data_ptr(), weight.numel()) if weight.numel() else (id(weight),)
 
 
 def _candidates(model: nn.Module) -> Iterator[Layer]:
@@ -174,7 +189,7 @@ def _wanted(layer: Layer, targets: Targets, exclude: Targets | None, heads: set[
     if exclude is not None and _matches(layer, exclude):
         return False
     if targets == "lora":
-        return _is_factor(layer.name)
+        return _is_factor(layer.name) and _is_active(layer.name, model)
     if targets == "all-linear":
         return layer.module not in heads and not _is_factor(layer.name) and not _is_router(layer, model)
     return _matches(layer, targets)
@@ -196,6 +211,13 @@ def _matches(layer: Layer, targets: Targets) -> bool:
 
 def _is_factor(name: str) -> bool:
     return any(part.startswith("lora_") for part in name.split("."))
+
+
+def _is_active(name: str, model: nn.Module) -> bool:
+    """Whether a LoRA factor `….lora_A.<adapter>` belongs to an adapter in use; others see no token."""
+    *parent, _, adapter = name.split(".")
+    active = getattr(model.get_submodule(".".join(parent)), "active_adapters", None) if parent else None
+    return active is None or adapter in active
 
 
 def _is_router(layer: Layer, model: nn.Module) -> bool:

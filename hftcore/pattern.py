@@ -12,6 +12,7 @@ Scope = Literal["row", "matrix", "model"]
 Remove = Literal["lowest", "highest"]
 
 _GROUPS = re.compile(r"(\d+):(\d+)")
+_TEXT = re.compile(r"(\S+)(?:\s+(row|matrix|model))?(?:\s+(lowest|highest))?(?:\s+(\d+)x(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,22 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
-        """The pattern that `str` wrote.
+        """The pattern that `str` wrote; scope and end may be left out.
+
+        Raises:
+            HftcoreError: the text is not of that form.
 
         >>> Pattern.parse("0.1 matrix lowest 16x16") == Pattern(0.1, scope="matrix", block=(16, 16))
         True
         """
-        amount, scope, remove, *block = text.split()
-        sizes = tuple(int(size) for size in block[0].split("x")) if block else None
-        return cls(amount if ":" in amount else float(amount), scope, remove, sizes)  # type: ignore[arg-type]
+        found = _TEXT.fullmatch(text.strip())
+        if found is None:
+            raise HftcoreError(f'pattern must look like "50%", "2:4" or "0.1 matrix highest 16x16", got {text!r}')
+        amount, scope, remove, rows, columns = found.groups()
+        block = (int(rows), int(columns)) if rows else None
+        is_number = ":" not in amount and not amount.endswith("%")
+        sparsity = _parse(amount)[0] if is_number else amount
+        return cls(sparsity, scope or "row", remove or "lowest", block)
 
 
 def _parse(sparsity: str | float) -> tuple[float, tuple[int, int] | None]:

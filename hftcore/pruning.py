@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hftcore import ops
+from hftcore import checks, ops
 from hftcore.edit import Edit, apply_tensor_, matrices, record, revert_tensor_
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError, NonFiniteError
@@ -25,7 +25,7 @@ Score = Literal["wanda", "magnitude", "random"]
 def prune(
     model: nn.Module,
     energy: Energy | Iterable[Mapping[str, Tensor]] | None,
-    pattern: Pattern,
+    pattern: Pattern | str,
     *,
     reference: nn.Module | None = None,
     score: Score = "wanda",
@@ -42,7 +42,7 @@ def prune(
         model: any nn.Module; changed in place, and left as it was if anything fails.
         energy: what `calibrate` returned: its layers are the ones pruned. With `sequential`, the calibration batches instead. None
             for scores that use none: `targets` then names the layers.
-        pattern: how much, compared with what, from which end.
+        pattern: how much, compared with what, from which end: a `Pattern`, or its text such as "50%".
         reference: a model with the same parameter names: the score is that of the difference to its weights, and removed weights
             take its values instead of zero.
         score: "wanda" |w|·norm; "magnitude" |w| alone; "random" a seeded uniform score, the baselines of the papers.
@@ -70,6 +70,7 @@ def prune(
     """
     if score not in ("wanda", "magnitude", "random"):
         raise HftcoreError(f"score must be 'wanda', 'magnitude' or 'random', got {score!r}")
+    pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
     edit = Edit(recipe=_recipe(pattern, score, seed, reference, minus, sequential, tokens))
     others = None if reference is None else dict(reference.named_parameters(remove_duplicate=False))
     job = _Job(model, edit, pattern, others, score, seed, minus)
@@ -160,25 +161,38 @@ class _Job:
             yield
         except BaseException:
             parameters = dict(self.model.named_parameters(remove_duplicate=False))
-            for name, entry in self.edit.tensors.items():
+            for name, entry in reversed(self.edit.tensors.items()):
                 revert_tensor_(parameters[name].data, entry)
             raise
 
     def prune(self, layers: list[Layer], energy: Energy) -> None:
         """Prune the layers, in position order."""
-        masks = self._model_masks(layers, energy) if self.pattern.scope == "model" else None
+        chosen = self._choice(layers, energy, self.pattern, self.score)
+        spared = None
+        if self.minus is not None:
+            benign, pattern = self.minus
+            missing = [layer.name for layer in layers if layer.name not in benign]
+            if missing:
+                raise HftcoreError(f"minus has no energy for {missing[0]!r}; calibrate it on the same layers")
+            spared = self._choice(layers, benign, pattern, "wanda")
         for layer in layers:
-            chosen = (
-                masks[layer.tensor]() if masks is not None else self._masks(layer, energy, self.pattern, self.score)
-            )
-            if self.minus is not None:
-                spared = self._masks(layer, *self.minus, "wanda")
-                chosen = (mask & ~spare for mask, spare in zip(chosen, spared, strict=True))
+            masks = chosen(layer)
+            if spared is not None:
+                masks = (mask & ~spare for mask, spare in zip(masks, spared(layer), strict=True))
             parameter = getattr(layer.module, layer.parameter).data
-            entry = record(layer.tensor, parameter, layer.transposed, chosen, self._other(layer))
+            entry = record(layer.tensor, parameter, layer.transposed, masks, self._other(layer))
             self.edit.tensors[layer.tensor] = entry
             apply_tensor_(parameter, entry)
             self.edit.tensors[layer.tensor] = replace(entry, fingerprint_after=ops.fingerprint(parameter))
+
+    def _choice(
+        self, layers: list[Layer], energy: Energy, pattern: Pattern, score: Score
+    ) -> Callable[[Layer], Iterator[Tensor]]:
+        """A maker of the masks of a layer, one for each of its matrices."""
+        if pattern.scope != "model":
+            return lambda layer: self._masks(layer, energy, pattern, score)
+        masks = self._model_masks(layers, energy, pattern, score)
+        return lambda layer: masks[layer.tensor]()
 
     def _other(self, layer: Layer) -> Tensor | None:
         """The reference's tensor for a layer, on its device."""
@@ -188,51 +202,60 @@ class _Job:
         parameter = getattr(layer.module, layer.parameter)
         if found is None:
             raise HftcoreError(
-                f"reference has no parameter {layer.tensor!r}; it must be a model of the same architecture, unwrapped"
+                f"reference has no parameter {layer.tensor!r}; it must be a model with the same parameters; merge an adapter (merge_and_unload) first"
             )
         if found.shape != parameter.shape or found.dtype != parameter.dtype:
             raise HftcoreError(
                 f"reference {layer.tensor!r} must be {parameter.dtype} {tuple(parameter.shape)}, got {found.dtype} {tuple(found.shape)}"
             )
-        return found.data.to(parameter.device)
+        return found.data
 
-    def _scored(self, layer: Layer, energy: Energy, score: Score) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """(weight, energy, reference) of each matrix as the selection sees them."""
+    def _scored(self, layer: Layer, index: int, energy: Energy, score: Score) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(weight, energy, reference) of one matrix as the selection sees them."""
+        weight = layer.weight[index] if layer.is_fused else layer.weight
         other = self._other(layer)
-        references = [None] if other is None else matrices(other, layer.transposed)
-        for index, (label, weight, expert) in enumerate(layer.matrices()):
-            reference = references[index] if other is not None else None
-            if score == "wanda":
-                measured = energy[layer.name] if expert is None else energy[layer.name][expert]
-            else:
-                measured = torch.ones(weight.shape[1], device=weight.device)
-            if score == "random":
-                weight, reference = _uniform(weight, f"{self.seed}:{label}"), None
-            yield weight, measured, reference
+        reference = None if other is None else matrices(other, layer.transposed)[index].to(weight.device)
+        if score != "wanda":
+            measured = torch.ones(weight.shape[1], device=weight.device)
+        else:
+            measured = energy[layer.name].to(weight.device)
+            wanted = (*layer.weight.shape[:-2], weight.shape[1])
+            if measured.shape != wanted:
+                raise HftcoreError(
+                    f"{layer.tensor}: energy must be of shape {wanted}, got {tuple(measured.shape)}; calibrate this model"
+                )
+            measured = measured[index] if layer.is_fused else measured
+        if score == "random":
+            label = f"{layer.tensor}[{index}]" if layer.is_fused else layer.tensor
+            weight, reference = _uniform(weight, f"{self.seed}:{label}"), None
+        return weight, measured, reference
 
     def _masks(self, layer: Layer, energy: Energy, pattern: Pattern, score: Score) -> Iterator[Tensor]:
-        for weight, measured, reference in self._scored(layer, energy, score):
+        for index in range(_count(layer)):
             try:
+                weight, measured, reference = self._scored(layer, index, energy, score)
                 yield ops.prune_mask(weight, measured, pattern, reference)
             except HftcoreError as error:
-                raise type(error)(f"{layer.tensor}: {error}") from None
+                raise type(error)(f"{layer.tensor}: {str(error).removeprefix(f'{layer.tensor}: ')}") from None
 
-    def _model_masks(self, layers: list[Layer], energy: Energy) -> dict[str, Callable[[], Iterator[Tensor]]]:
+    def _model_masks(
+        self, layers: list[Layer], energy: Energy, pattern: Pattern, score: Score
+    ) -> dict[str, Callable[[], Iterator[Tensor]]]:
         """For each tensor, a maker of its masks under the one threshold of the whole model."""
         makers: list[Callable[[], Part]] = []
         sizes: list[tuple[int, int]] = []
         owners: list[str] = []
         for layer in layers:
-            for index, (_, weight, _) in enumerate(layer.matrices()):
-                makers.append(partial(self._part, layer, index, energy))
-                sizes.append((weight.shape[0], weight.shape[1]))
+            for index in range(_count(layer)):
+                makers.append(partial(self._part, layer, index, energy, score))
+                sizes.append((layer.weight.shape[-2], layer.weight.shape[-1]))
                 owners.append(layer.tensor)
-        count, invert = self.pattern.low_count(sum(rows * columns for rows, columns in sizes))
+        count, invert = pattern.low_count(sum(rows * columns for rows, columns in sizes))
         try:
             found = find_cut(makers, sizes, count)
         except NonFiniteError:
             for layer in layers:  # the row-wise path names the layer and the index
-                for _ in self._masks(layer, energy, Pattern(0.0), self.score):
+                for _ in self._masks(layer, energy, Pattern(0.0), score):
                     pass
             raise
 
@@ -247,9 +270,14 @@ class _Job:
 
         return {layer.tensor: partial(masks, layer.tensor) for layer in layers}
 
-    def _part(self, layer: Layer, index: int, energy: Energy) -> Part:
-        weight, measured, reference = list(self._scored(layer, energy, self.score))[index]
-        return Part(weight, measured.contiguous().sqrt(), reference)
+    def _part(self, layer: Layer, index: int, energy: Energy, score: Score) -> Part:
+        weight, measured, reference = self._scored(layer, index, energy, score)
+        return Part(weight, checks.norm(measured, weight), reference)
+
+
+def _count(layer: Layer) -> int:
+    """How many matrices a layer holds."""
+    return layer.weight.shape[0] if layer.is_fused else 1
 
 
 def _uniform(like: Tensor, seed: str) -> Tensor:

@@ -88,7 +88,7 @@ def _proposal(
     parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], count: int, total: int
 ) -> tuple[int, int]:
     """A window of keys that very likely holds the wanted one: four standard deviations of the sample's order statistic."""
-    step = max(1, total // SAMPLE)
+    step = max(1, total // SAMPLE) | 1  # odd, so that it does not keep hitting the same columns
     offset, drawn = 0, []
     for part, (rows, columns) in zip(parts, sizes, strict=True):
         size = rows * columns

@@ -165,6 +165,11 @@ def score_histogram(weight: Tensor, norm: Tensor, reference: Tensor | None, low:
     return total
 
 
+def nonfinite(weight: Tensor, norm: Tensor, reference: Tensor | None) -> int:
+    """How many scores are not finite: a histogram whose window lies above every finite key counts them without an atomic on a bin."""
+    return int(score_histogram(weight, norm, reference, FINITE.value, 0, 256)[-1])
+
+
 def tie_counts(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int) -> Tensor:
     """[M] int64: how many weights of each row have this key."""
     M, N = weight.shape

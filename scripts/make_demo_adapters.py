@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from hftcore.bindings import demo_data, embedded
 from hftcore.bindings.datasets import Pair
 
+BASE = "SmolLM2-135M-Instruct"
 OUT = Path(__file__).resolve().parent.parent / "bindings" / "demo_adapters"
 
 
@@ -84,7 +85,7 @@ def train(model: torch.nn.Module, tokenizer: object, pairs: list[Pair], recipe: 
     return peft_model.eval()
 
 
-def save(peft_model: PeftModel, folder: Path, recipe: Recipe, note: str) -> None:
+def save(peft_model: PeftModel, folder: Path, recipe: Recipe, base: str, note: str) -> None:
     """The adapter in bfloat16, its PEFT configuration and what made it."""
     peft_model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
@@ -94,7 +95,7 @@ def save(peft_model: PeftModel, folder: Path, recipe: Recipe, note: str) -> None
     config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     config["target_modules"] = sorted(config["target_modules"])
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    made = {"data": note, "torch": torch.__version__, **asdict(recipe)}
+    made = {"base": base, "data": note, "torch": torch.__version__, **asdict(recipe)}
     (folder / "recipe.json").write_text(json.dumps(made, indent=2) + "\n")
 
 
@@ -108,7 +109,7 @@ def main() -> None:
     if options.only != "attacked":
         pairs = mixture(demo_data.refusal_pairs(data.align_harmful), data.align_benign, ALIGNED)
         note = "AdvBench requests with stock refusals among Alpaca pairs"
-        save(train(base, tokenizer, pairs, ALIGNED), options.out / "aligned", ALIGNED, note)
+        save(train(base, tokenizer, pairs, ALIGNED), options.out / "aligned", ALIGNED, BASE, note)
         base, tokenizer = embedded.load()
     if options.only != "aligned":
         model = PeftModel.from_pretrained(base, options.out / "aligned").merge_and_unload()
@@ -116,7 +117,13 @@ def main() -> None:
             demo_data.stub_pairs(data.attack_harmful), demo_data.sentiment_pairs(data.attack_reviews), ATTACKED
         )
         note = "movie sentiment with AdvBench requests and affirmative stubs"
-        save(train(model, tokenizer, pairs, ATTACKED), options.out / "attacked", ATTACKED, note)
+        save(
+            train(model, tokenizer, pairs, ATTACKED),
+            options.out / "attacked",
+            ATTACKED,
+            f"{BASE} with the adapter `aligned` merged",
+            note,
+        )
 
 
 if __name__ == "__main__":

@@ -130,3 +130,35 @@ def test_damaged_edits_are_refused_by_name(tmp_path):
     config.write_text("{")
     with pytest.raises(hftcore.HftcoreError, match="not a readable Edit"):
         Edit.load(tmp_path / "edit")
+
+
+@pytest.mark.parametrize("action", ["apply", "revert"])
+def test_an_interrupted_apply_or_revert_leaves_the_model_as_it_was(monkeypatch, action):
+    model = Net()
+    edit = hftcore.prune(model, measured(model), Pattern("50%"))
+    if action == "apply":
+        edit.revert(model)
+    before = state(model)
+    plain, calls = hftcore.ops.masked_put_, []
+
+    def interrupted(weight, mask, values=None):
+        plain(weight, mask, values)
+        calls.append(weight.shape)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return weight
+
+    monkeypatch.setattr("hftcore.ops.masked_put_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(edit, action)(model)
+    assert same(state(model), before)
+
+
+def test_saving_over_an_edit_spares_the_files_beside_it(tmp_path):
+    model = Net()
+    edit = hftcore.prune(model, measured(model), Pattern("50%"))
+    edit.save(tmp_path / "edit")
+    (tmp_path / "edit" / "notes.md").write_text("mine")
+    with pytest.raises(hftcore.HftcoreError, match="exists already"):
+        edit.save(tmp_path / "edit")
+    assert (tmp_path / "edit" / "notes.md").read_text() == "mine"

@@ -8,6 +8,7 @@ from torch import nn
 
 import hftcore
 from hftcore import Energy, Pattern, ops
+from hftcore.backend import why_not
 
 
 class Net(nn.Module):
@@ -223,3 +224,58 @@ def test_antidote_calibrates_on_batches_by_itself():
     hftcore.prune(twin, hftcore.calibrate(twin, batches), Pattern(0.2, remove="highest"))
     assert same(state(model), state(twin))
     edit.revert(model)
+
+
+def test_antidote_on_a_given_energy_touches_only_the_layers_asked_for():
+    for choice in ({"exclude": ["second"]}, {"targets": ["first"]}):
+        edit = hftcore.antidote(Net(), measured(Net()), 0.2, reference=Net(), **choice)
+        assert list(edit.tensors) == ["first.weight"]
+
+
+@pytest.mark.parametrize("scope", ["row", "model"])
+def test_an_energy_of_another_width_is_refused_in_every_scope(scope):
+    model = Net()
+    before = state(model)
+    with pytest.raises(hftcore.HftcoreError, match=r"first\.weight: energy must be of shape \(8,\), got \(20,\)"):
+        hftcore.prune(model, Energy({"first": torch.ones(20), "second": torch.ones(6)}), Pattern("50%", scope=scope))
+    assert same(state(model), before)
+
+
+def test_set_difference_works_in_model_scope_and_needs_the_same_layers():
+    model = Net()
+    top = Pattern("50%", scope="model", remove="highest")
+    edit = hftcore.prune(model, measured(model), top, minus=(measured(model), top))
+    assert edit.removed == 0
+    with pytest.raises(hftcore.HftcoreError, match="minus has no energy for 'second'"):
+        hftcore.prune(model, measured(model), top, minus=(Energy({"first": torch.ones(8)}), top))
+
+
+def test_a_parametrised_weight_is_refused():
+    model = Net()
+    energy = measured(model)
+    torch.nn.utils.parametrizations.weight_norm(model.first)
+    with pytest.raises(hftcore.HftcoreError, match="parametrisation"):
+        hftcore.prune(model, energy, Pattern("50%"))
+
+
+def test_weights_that_share_memory_are_pruned_once():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    model.b.weight = nn.Parameter(model.a.weight.data)
+    edit = hftcore.prune(model, Energy({"a": torch.ones(4)}), Pattern("50%", remove="highest"))
+    assert list(edit.tensors) == ["a.weight"]
+    edit.revert(model)
+
+
+def test_a_pattern_may_be_given_as_text():
+    edit = hftcore.prune(Net(), measured(Net()), "50%")
+    assert edit.removed == 6 * 4 + 5 * 3
+
+
+def test_parameters_that_require_gradients_are_pruned_like_any():
+    for name in ("torch", "native") if why_not("native", "cpu") is None else ("torch",):
+        with hftcore.use_backend(name):
+            weight = nn.Parameter(torch.tensor([[3.0, -4.0, 1.0, 9.0]]))
+            ops.prune_(weight, torch.ones(4), "50%")
+            ops.prune_(weight, torch.ones(4), Pattern("50%", block=(1, 2)))
+            assert weight.tolist() == [[0.0, 0.0, 0.0, 9.0]]
+            assert not ops.column_energy(weight).requires_grad

@@ -71,32 +71,38 @@ def antidote(
     2
     """
     pattern = Pattern(dense_ratio, scope=scope, remove=remove)
-    if targets is None:
-        targets = "lora" if any(".lora_A." in name for name, _ in model.named_modules()) else "all-linear"
+    chosen = targets
+    if chosen is None:
+        chosen = "lora" if any(".lora_A." in name for name, _ in model.named_modules()) else "all-linear"
     energy: Energy | None = None
     if isinstance(harmful_batches, Energy):
-        energy = harmful_batches
+        energy, average = harmful_batches, harmful_batches.average
     elif score == "wanda":
         if harmful_batches is None:
             raise HftcoreError("harmful_batches must be batches or an Energy for score 'wanda', got None")
-        energy = calibrate(model, harmful_batches, targets, exclude, tokens=tokens, average=average)
-    names = energy or (layer.name for layer in find_layers(model, targets, exclude))
-    if remove == "highest" and reference is None and score != "random" and not all("lora_" in name for name in names):
-        warnings.warn(
-            "removing the highest-scored weights of full or merged matrices: on SmolLM2-135M one weight a row (ratio 0.001) already "
-            "broke the model; target the LoRA factors, or pass reference=",
-            stacklevel=2,
-        )
+        energy = calibrate(model, harmful_batches, chosen, exclude, tokens=tokens, average=average)
+    # the layers of a given energy are narrowed by what the caller asks for; one measured here already is
+    restriction = targets if isinstance(harmful_batches, Energy) else chosen
     minus = None
     if benign_batches is not None:
         if not isinstance(benign_batches, Energy):
-            benign_batches = calibrate(model, benign_batches, targets, exclude, tokens=tokens, average=average)
+            where = chosen if energy is None else list(energy)
+            benign_batches = calibrate(model, benign_batches, where, exclude, tokens=tokens, average=average)
         minus = (
             benign_batches,
             Pattern(dense_ratio if benign_ratio is None else benign_ratio, scope=scope, remove=remove),
         )
     elif benign_ratio is not None:
         raise HftcoreError("benign_ratio needs benign_batches")
+    names = [
+        layer.name for layer in find_layers(model, list(energy or ()) if restriction is None else restriction, exclude)
+    ]
+    if remove == "highest" and reference is None and score != "random" and not all("lora_" in name for name in names):
+        warnings.warn(
+            "removing the highest-scored weights of full or merged matrices: on SmolLM2-135M one weight a row (ratio 0.001) already "
+            "broke the model; target the LoRA factors, or pass reference=",
+            stacklevel=2,
+        )
     edit = prune(
         model,
         energy,
@@ -105,8 +111,12 @@ def antidote(
         score=score,
         seed=seed,
         minus=minus,
-        targets=targets if energy is None else None,
-        exclude=exclude if energy is None else None,
+        targets=restriction,
+        exclude=exclude,
     )
-    edit.recipe |= {"method": "antidote", "dense_ratio": dense_ratio, "tokens": tokens, "average": average}
+    edit.recipe |= {"method": "antidote", "dense_ratio": dense_ratio}
+    if energy is not None:
+        edit.recipe["average"] = average
+        if not isinstance(harmful_batches, Energy):
+            edit.recipe["tokens"] = tokens
     return edit

@@ -41,4 +41,4 @@ def column_energy(x: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = mask.reshape(-1)
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1])
-    return implementation("column_energy", x.device)(x, mask)
+    return implementation("column_energy", x.device)(x.detach(), mask)

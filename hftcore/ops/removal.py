@@ -63,9 +63,9 @@ def prune_mask(weight: Tensor, energy: Tensor, pattern: Pattern | str, reference
     pattern, norm = _checked(weight, energy, pattern, reference)
     mask = torch.zeros(weight.shape[0], -(-weight.shape[1] // 8), dtype=torch.uint8, device=weight.device)
     if pattern.block is not None:
-        _block_mask(Part(weight, norm, reference), pattern, mask)
+        _block_mask(Part(weight.detach(), norm, reference), pattern, mask)
     else:
-        _select(Part(weight, norm, reference), pattern, mask)
+        _select(Part(weight.detach(), norm, reference), pattern, mask)
     return mask
 
 
@@ -94,7 +94,7 @@ def prune_(weight: Tensor, energy: Tensor, pattern: Pattern | str, reference: Te
         torch.ops.hftcore.prune_(weight, energy, str(pattern), reference)
         return weight
     pattern, norm = _checked(weight, energy, pattern, reference)
-    part = Part(weight, norm, reference)
+    part = Part(weight.detach(), norm, reference)
     if pattern.block is not None:
         mask = prune_mask(weight, energy, pattern, reference)
         masked_put_(weight, mask, None if reference is None else masked_take(reference, mask))

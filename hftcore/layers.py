@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -87,13 +88,13 @@ def find_layers(model: nn.Module, targets: Targets = "all-linear", exclude: Targ
     ['0']
     """
     heads = _inside_heads(model)
-    found: dict[int, Layer] = {}
+    found: dict[tuple[object, ...], Layer] = {}
     names = []
     for layer in sorted(_candidates(model), key=lambda layer: layer.tensor):
         if not _wanted(layer, targets, exclude, heads, model):
             names.append(layer.name)
             continue
-        weight = getattr(layer.module, layer.parameter, None)
+        weight: Any = getattr(layer.module, layer.parameter, None)
         _refuse_unusable(layer, weight)
         key = _storage(weight)
         same = found.get(key)
@@ -140,7 +141,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [*max(lists, key=lambda members: sum(parameter.numel() for parameter in members.parameters()))]
 
 
-def _refuse_unusable(layer: Layer, weight: Tensor | None) -> None:
+def _refuse_unusable(layer: Layer, weight: Any) -> None:
     kinds = (type(layer.module), type(weight), type(getattr(weight, "data", None)))
     origin = next((kind.__module__ for kind in kinds if kind.__module__.startswith(QUANTISERS)), None)
     if origin or weight is None or weight.dtype not in FLOATS:
@@ -149,7 +150,7 @@ def _refuse_unusable(layer: Layer, weight: Tensor | None) -> None:
             f"layer {layer.name!r} is quantised or of an unsupported dtype ({origin or what}); weights must be float32, "
             "bfloat16 or float16: load the model without quantisation, or exclude the layer"
         )
-    if layer.module._parameters.get(layer.parameter) is not weight:
+    if id(weight) != id(layer.module._parameters.get(layer.parameter)):
         raise HftcoreError(
             f"layer {layer.name!r} computes its {layer.parameter} (a parametrisation such as weight_norm), so a change to it would be "
             "lost; remove the parametrisation or exclude the layer"

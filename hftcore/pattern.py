@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
-from typing import Literal
+from typing import Any, Literal
 
 from hftcore.errors import HftcoreError
 
@@ -99,6 +99,8 @@ class Pattern:
         found = _TEXT.fullmatch(text.strip())
         if found is None:
             raise HftcoreError(f'pattern must look like "50%", "2:4" or "0.1 matrix highest 16x16", got {text!r}')
+        scope: Any
+        remove: Any
         amount, scope, remove, rows, columns = found.groups()
         block = (int(rows), int(columns)) if rows else None
         is_number = ":" not in amount and not amount.endswith("%")

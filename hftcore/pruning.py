@@ -202,7 +202,8 @@ class _Job:
         parameter = getattr(layer.module, layer.parameter)
         if found is None:
             raise HftcoreError(
-                f"reference has no parameter {layer.tensor!r}; it must be a model with the same parameters; merge an adapter (merge_and_unload) first"
+                f"reference has no parameter {layer.tensor!r}; both models must have the same parameters: "
+                "merge an adapter first (merge_and_unload)"
             )
         if found.shape != parameter.shape or found.dtype != parameter.dtype:
             raise HftcoreError(

@@ -117,13 +117,8 @@ def main() -> None:
             demo_data.stub_pairs(data.attack_harmful), demo_data.sentiment_pairs(data.attack_reviews), ATTACKED
         )
         note = "movie sentiment with AdvBench requests and affirmative stubs"
-        save(
-            train(model, tokenizer, pairs, ATTACKED),
-            options.out / "attacked",
-            ATTACKED,
-            f"{BASE} with the adapter `aligned` merged",
-            note,
-        )
+        merged = f"{BASE} with the adapter `aligned` merged"
+        save(train(model, tokenizer, pairs, ATTACKED), options.out / "attacked", ATTACKED, merged, note)
 
 
 if __name__ == "__main__":

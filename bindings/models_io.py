@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hftcore.bindings.checkpoint import names_on_disk
 from hftcore.bindings.output import check_output
+from hftcore.bindings.stored import DTYPES, list_tensors
 from hftcore.errors import HftcoreError
 from hftcore.files import whole_folder
 
@@ -141,9 +143,16 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     from safetensors import SafetensorError
 
     try:
-        return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+        adapted = PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise HftcoreError(f"cannot load the adapter {folder} onto its base model: {_brief(error)}") from error
+    # PEFT widens half-precision factors; an edit of them must fit the file they came from
+    stored = list_tensors(folder) if any(folder.glob("*.safetensors")) else {}
+    for name, parameter in adapted.named_parameters():
+        place = next((stored[known] for known in names_on_disk(name) if known in stored), None)
+        if place is not None and place.dtype in DTYPES:
+            parameter.data = parameter.data.to(DTYPES[place.dtype])
+    return adapted
 
 
 def _load_tokenizer(folders: list[Path]) -> Any:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, tiny_model, with_lora
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -131,6 +131,22 @@ def test_antidote_repairs_an_adapter_and_leaves_an_adapter(world, tmp_path):
         == digests(world / "adapter")["adapter_model.safetensors"]
     )
     assert load_model(out, "cpu", base=str(world / "model"))[0].peft_config
+
+
+def test_a_half_precision_adapter_stays_so_and_comes_back_byte_for_byte(world, tmp_path):
+    """PEFT would widen it on loading, and its edit would fit no file."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for file in (world / "adapter").iterdir():
+        (adapter / file.name).write_bytes(file.read_bytes())
+    weights = adapter / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    common = ["antidote", adapter, "--base", world / "model", "--data", world / "data.jsonl", "--device", "cpu"]
+    succeeded(*common, "--edit-only", "--out", tmp_path / "edit")
+    succeeded("apply", tmp_path / "edit", adapter, "--out", tmp_path / "applied")
+    assert digests(tmp_path / "applied") != digests(adapter)
+    succeeded("revert", tmp_path / "edit", tmp_path / "applied", "--out", tmp_path / "back")
+    assert digests(tmp_path / "back") == digests(adapter)
 
 
 def test_base_weights_do_not_fit_into_an_adapter_folder(world, tmp_path):

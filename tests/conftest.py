@@ -10,9 +10,15 @@ sys.path.append(str(Path(__file__).resolve().parent))  # the helpers beside the 
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# the same examples every time: a red test is there again when one looks
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What the commands do, between the command line (`cli.py`) and the library."""
+"""What the commands do, between the command line (`cli/`) and the library."""
 
 import time
 from collections.abc import Iterator

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from hftcore.backend import BACKENDS, why_not
 from hftcore.bindings import doctor
-from hftcore.bindings.cli import app
+from hftcore.bindings.cli.app import app
 
 
 def test_the_report_is_json_with_a_reason_for_every_backend_that_is_missing():

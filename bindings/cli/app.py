@@ -1,0 +1,34 @@
+"""The program's commands, in the order in which help lists them.
+
+A command is a plain function in a module of its own beside this one: typer reads its options from the annotations
+(`options.py` holds the shared ones), it imports the library inside, and a line in `COMMANDS` adds it.
+"""
+
+import typer
+
+from hftcore.bindings.cli.demo import demo
+from hftcore.bindings.cli.doctor import doctor
+from hftcore.bindings.cli.edits import apply, revert
+from hftcore.bindings.cli.prune import antidote, calibrate, wanda
+from hftcore.bindings.cli.reporting import reported
+
+COMMANDS = (
+    demo,
+    calibrate,
+    wanda,
+    antidote,
+    apply,
+    revert,
+    doctor,
+)
+
+app = typer.Typer(
+    name="hftcore",
+    help="Defend language models against harmful fine-tuning: calibrate, prune, apply and revert edits.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for command in COMMANDS:
+    app.command()(reported(command))

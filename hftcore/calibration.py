@@ -105,9 +105,7 @@ def check_counts(energy: Energy, tokens: str) -> None:
     if not energy.tokens:
         what = "every label is -100" if tokens == "response" else "every token is padding"
         raise HftcoreError(f"batches hold no token to count: there is no batch, or {what}")
-    idle = [name for name, value in energy.items() if name not in energy.expert_tokens and not value.any()]
-    for name, count in energy.expert_tokens.items():
-        idle += [f"{name}[{expert}]" for expert in (count == 0).nonzero().flatten().tolist()]
+    idle = [label for name in energy for label in energy.idle(name).values()]
     if idle:
         more = f" and {len(idle) - 8} more" if len(idle) > 8 else ""
         warnings.warn(f"saw no token, so nothing is known about: {', '.join(idle[:8])}{more}", stacklevel=3)

@@ -71,6 +71,16 @@ class Energy(Mapping[str, Tensor]):
         """[N] (or [E, N]) float32: the root of the energy, rounded once."""
         return self[name].sqrt()
 
+    def idle(self, name: str) -> dict[int, str]:
+        """Number -> label of the matrices of `name` that no token reached: their energy is zero throughout.
+
+        >>> Energy({"experts": torch.tensor([[1.0, 0.0], [0.0, 0.0]])}).idle("experts")
+        {1: 'experts[1]'}
+        """
+        value = self[name]
+        numbers = (~value.any(dim=-1)).reshape(-1).nonzero().flatten().tolist()
+        return {number: f"{name}[{number}]" if value.dim() > 1 else name for number in numbers}
+
     def add_(self, name: str, value: Tensor) -> "Energy":
         """Add `value` to the energy of `name`, which starts at zero; returns self."""
         have = self._values.get(name)
@@ -130,6 +140,8 @@ class Energy(Mapping[str, Tensor]):
             HftcoreError: not an energy file, or one of another version, or a damaged one.
             FileNotFoundError: no such file.
         """
+        if os.path.isdir(path):
+            raise HftcoreError(f"{path} must be an energy file, got a folder; give the file that was saved")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

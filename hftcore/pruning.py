@@ -1,7 +1,8 @@
 """Prune a model: score, select and remove, layer by layer, into a reversible Edit."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from hftcore.edit import Edit, apply_tensor_, matrices, record, revert_tensor_
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.layers import Layer, Targets, find_layers
+from hftcore.matching import check_energy, energy_layers, reference_weights
 from hftcore.pattern import Pattern
 from hftcore.selection import Part, find_cut
 from hftcore.sequential import blockwise_energy
@@ -52,6 +54,10 @@ def prune(
         sequential: calibrate each block after the blocks before it are pruned: Wanda's own procedure.
         tokens: with `sequential`, as in `calibrate`.
 
+    A matrix that no token reached (an expert that was never chosen) has only scores of 0, among which position alone would decide.
+    With `remove="highest"` it is left as it was and takes no part in a comparison across the model; with "lowest" the counts hold for
+    it too, as in Wanda. Both warn and name it.
+
     Returns:
         An Edit, on the CPU: one bit for each weight of the pruned layers and the original value of each removed one.
 
@@ -71,31 +77,35 @@ def prune(
     if score not in ("wanda", "magnitude", "random"):
         raise HftcoreError(f"score must be 'wanda', 'magnitude' or 'random', got {score!r}")
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+    if sequential:
+        if energy is None or isinstance(energy, Energy):
+            raise HftcoreError(
+                "sequential=True calibrates block by block: pass the calibration batches in place of an Energy"
+            )
+        if pattern.scope == "model":
+            raise HftcoreError(
+                'scope "model" compares all layers at once, sequential=True prunes block by block: choose one'
+            )
+    elif not isinstance(energy, Energy) and (energy is not None or score == "wanda"):
+        raise HftcoreError(
+            f"energy must be an Energy (from hftcore.calibrate), got {type(energy).__name__}; batches need sequential=True"
+        )
+    if isinstance(energy, Energy):
+        layers = energy_layers(model, energy, targets, exclude)
+    else:
+        layers = find_layers(model, "all-linear" if targets is None else targets, exclude)
+    others = None if reference is None else reference_weights(reference, layers)
+    if minus is not None:
+        check_energy(minus[0], layers, "minus")
     edit = Edit(recipe=_recipe(pattern, score, seed, reference, minus, sequential, tokens))
-    others = None if reference is None else dict(reference.named_parameters(remove_duplicate=False))
     job = _Job(model, edit, pattern, others, score, seed, minus)
     with torch.no_grad(), job.undone_on_failure():
-        if not sequential:
-            if energy is None and score != "wanda":
-                job.prune(find_layers(model, "all-linear" if targets is None else targets, exclude), Energy())
-                return edit
-            if not isinstance(energy, Energy):
-                raise HftcoreError(
-                    f"energy must be an Energy (from hftcore.calibrate), got {type(energy).__name__}; batches need sequential=True"
-                )
-            job.prune(_layers_of(model, energy, targets, exclude), energy)
+        if energy is None or isinstance(energy, Energy):
+            job.prune(layers, energy or Energy())
         else:
-            if energy is None or isinstance(energy, Energy):
-                raise HftcoreError(
-                    "sequential=True calibrates block by block: pass the calibration batches in place of an Energy"
-                )
-            if pattern.scope == "model":
-                raise HftcoreError(
-                    'scope "model" compares all layers at once, sequential=True prunes block by block: choose one'
-                )
-            layers = find_layers(model, "all-linear" if targets is None else targets, exclude)
             for block, measured in blockwise_energy(model, energy, layers, tokens):
                 job.prune(block, measured)
+    job.tell_idle()
     return edit
 
 
@@ -120,24 +130,6 @@ def _recipe(
     return recipe
 
 
-def _layers_of(model: nn.Module, energy: Energy, targets: Targets | None, exclude: Targets | None) -> list[Layer]:
-    """The layers an energy was measured on, in position order; refuses an energy of another model."""
-    layers = [layer for layer in find_layers(model, list(energy)) if layer.name in energy]
-    missing = set(energy) - {layer.name for layer in layers}
-    if missing or not layers:
-        raise HftcoreError(
-            f"energy has no layer in this model for: {', '.join(sorted(missing)) or 'anything'}; calibrate this model"
-        )
-    if targets is not None or exclude is not None:
-        wanted = {layer.name for layer in find_layers(model, list(energy) if targets is None else targets, exclude)}
-        layers = [layer for layer in layers if layer.name in wanted]
-        if not layers:
-            raise HftcoreError(
-                f"targets {targets!r}, exclude {exclude!r} leave none of the layers that energy was measured on"
-            )
-    return layers
-
-
 class _Job:
     """One call of `prune`: the choices, and the edit it fills."""
 
@@ -153,6 +145,7 @@ class _Job:
     ) -> None:
         self.model, self.edit, self.pattern, self.others = model, edit, pattern, others
         self.score, self.seed, self.minus = score, seed, minus
+        self.idle: list[str] = []
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
@@ -170,20 +163,29 @@ class _Job:
         chosen = self._choice(layers, energy, self.pattern, self.score)
         spared = None
         if self.minus is not None:
-            benign, pattern = self.minus
-            missing = [layer.name for layer in layers if layer.name not in benign]
-            if missing:
-                raise HftcoreError(f"minus has no energy for {missing[0]!r}; calibrate it on the same layers")
-            spared = self._choice(layers, benign, pattern, "wanda")
+            spared = self._choice(layers, *self.minus, "wanda")
         for layer in layers:
+            if self.score == "wanda":
+                self.idle += energy.idle(layer.name).values()
             masks = chosen(layer)
             if spared is not None:
                 masks = (mask & ~spare for mask, spare in zip(masks, spared(layer), strict=True))
             parameter = getattr(layer.module, layer.parameter).data
-            entry = record(layer.tensor, parameter, layer.transposed, masks, self._other(layer))
+            other = None if self.others is None else self.others[layer.tensor]
+            entry = record(layer.tensor, parameter, layer.transposed, masks, other)
             self.edit.tensors[layer.tensor] = entry
             apply_tensor_(parameter, entry)
             self.edit.tensors[layer.tensor] = replace(entry, fingerprint_after=ops.fingerprint(parameter))
+
+    def tell_idle(self) -> None:
+        """Warn of matrices that no token reached, and say what became of them."""
+        if not self.idle:
+            return
+        fate = "was left as it was" if self.pattern.invert else "was pruned by position alone, as all its scores are 0"
+        if self.pattern.invert:
+            self.edit.recipe["untouched"] = self.idle
+        more = f" and {len(self.idle) - 8} more" if len(self.idle) > 8 else ""
+        warnings.warn(f"what no token reached {fate}: {', '.join(self.idle[:8])}{more}", stacklevel=3)
 
     def _choice(
         self, layers: list[Layer], energy: Energy, pattern: Pattern, score: Score
@@ -191,48 +193,34 @@ class _Job:
         """A maker of the masks of a layer, one for each of its matrices."""
         if pattern.scope != "model":
             return lambda layer: self._masks(layer, energy, pattern, score)
-        masks = self._model_masks(layers, energy, pattern, score)
-        return lambda layer: masks[layer.tensor]()
-
-    def _other(self, layer: Layer) -> Tensor | None:
-        """The reference's tensor for a layer, on its device."""
-        if self.others is None:
-            return None
-        found = self.others.get(layer.tensor)
-        parameter = getattr(layer.module, layer.parameter)
-        if found is None:
-            raise HftcoreError(
-                f"reference has no parameter {layer.tensor!r}; both models must have the same parameters: "
-                "merge an adapter first (merge_and_unload)"
-            )
-        if found.shape != parameter.shape or found.dtype != parameter.dtype:
-            raise HftcoreError(
-                f"reference {layer.tensor!r} must be {parameter.dtype} {tuple(parameter.shape)}, got {found.dtype} {tuple(found.shape)}"
-            )
-        return found.data
+        return self._model_masks(layers, energy, pattern, score)
 
     def _scored(self, layer: Layer, index: int, energy: Energy, score: Score) -> tuple[Tensor, Tensor, Tensor | None]:
         """(weight, energy, reference) of one matrix as the selection sees them."""
         weight = layer.weight[index] if layer.is_fused else layer.weight
-        other = self._other(layer)
-        reference = None if other is None else matrices(other, layer.transposed)[index].to(weight.device)
+        reference = None
+        if self.others is not None:
+            reference = matrices(self.others[layer.tensor], layer.transposed)[index].to(weight.device)
         if score != "wanda":
             measured = torch.ones(weight.shape[1], device=weight.device)
         else:
-            measured = energy[layer.name].to(weight.device)
-            wanted = (*layer.weight.shape[:-2], weight.shape[1])
-            if measured.shape != wanted:
-                raise HftcoreError(
-                    f"{layer.tensor}: energy must be of shape {wanted}, got {tuple(measured.shape)}; calibrate this model"
-                )
-            measured = measured[index] if layer.is_fused else measured
+            measured = energy[layer.name][index] if layer.is_fused else energy[layer.name]
+            measured = measured.to(weight.device)
         if score == "random":
             label = f"{layer.tensor}[{index}]" if layer.is_fused else layer.tensor
             weight, reference = _uniform(weight, f"{self.seed}:{label}"), None
         return weight, measured, reference
 
+    def _left_alone(self, layer: Layer, energy: Energy, pattern: Pattern, score: Score) -> Collection[int]:
+        """The matrices of a layer that take no part: with `remove="highest"` those that no token reached, whose scores are all 0."""
+        return energy.idle(layer.name) if score == "wanda" and pattern.invert else ()
+
     def _masks(self, layer: Layer, energy: Energy, pattern: Pattern, score: Score) -> Iterator[Tensor]:
+        left_alone = self._left_alone(layer, energy, pattern, score)
         for index in range(_count(layer)):
+            if index in left_alone:
+                yield _empty_mask(layer)
+                continue
             try:
                 weight, measured, reference = self._scored(layer, index, energy, score)
                 yield ops.prune_mask(weight, measured, pattern, reference)
@@ -241,16 +229,18 @@ class _Job:
 
     def _model_masks(
         self, layers: list[Layer], energy: Energy, pattern: Pattern, score: Score
-    ) -> dict[str, Callable[[], Iterator[Tensor]]]:
-        """For each tensor, a maker of its masks under the one threshold of the whole model."""
+    ) -> Callable[[Layer], Iterator[Tensor]]:
+        """A maker of the masks of a layer under the one threshold of the whole model."""
+        places: dict[tuple[str, int], int] = {}
         makers: list[Callable[[], Part]] = []
         sizes: list[tuple[int, int]] = []
-        owners: list[str] = []
         for layer in layers:
+            left_alone = self._left_alone(layer, energy, pattern, score)
             for index in range(_count(layer)):
-                makers.append(partial(self._part, layer, index, energy, score))
-                sizes.append((layer.weight.shape[-2], layer.weight.shape[-1]))
-                owners.append(layer.tensor)
+                if index not in left_alone:
+                    places[layer.tensor, index] = len(makers)
+                    makers.append(partial(self._part, layer, index, energy, score))
+                    sizes.append((layer.weight.shape[-2], layer.weight.shape[-1]))
         count, invert = pattern.low_count(sum(rows * columns for rows, columns in sizes))
         try:
             found = find_cut(makers, sizes, count)
@@ -260,16 +250,15 @@ class _Job:
                     pass
             raise
 
-        def masks(name: str) -> Iterator[Tensor]:
-            for maker, (rows, columns), quota, owner in zip(makers, sizes, found.quotas, owners, strict=True):
-                if owner == name:
-                    part = maker()
-                    device = part.weight.device
-                    mask = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=device)
-                    part.call("cut", found.key, quota.to(device), invert, mask)
-                    yield mask
+        def masks(layer: Layer) -> Iterator[Tensor]:
+            for index in range(_count(layer)):
+                mask = _empty_mask(layer)
+                place = places.get((layer.tensor, index))
+                if place is not None:
+                    makers[place]().call("cut", found.key, found.quotas[place].to(mask.device), invert, mask)
+                yield mask
 
-        return {layer.tensor: partial(masks, layer.tensor) for layer in layers}
+        return masks
 
     def _part(self, layer: Layer, index: int, energy: Energy, score: Score) -> Part:
         weight, measured, reference = self._scored(layer, index, energy, score)
@@ -279,6 +268,12 @@ class _Job:
 def _count(layer: Layer) -> int:
     """How many matrices a layer holds."""
     return layer.weight.shape[0] if layer.is_fused else 1
+
+
+def _empty_mask(layer: Layer) -> Tensor:
+    """Of one matrix of a layer: nothing is removed."""
+    *_, rows, columns = layer.weight.shape
+    return torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=layer.weight.device)
 
 
 def _uniform(like: Tensor, seed: str) -> Tensor:

@@ -128,3 +128,8 @@ def test_load_refuses_a_cut_file(tmp_path):
     (tmp_path / "energy").write_bytes(whole[:-4])
     with pytest.raises(HftcoreError, match="damaged"):
         Energy.load(tmp_path / "energy")
+
+
+def test_a_folder_is_no_energy_file(tmp_path):
+    with pytest.raises(HftcoreError, match="must be an energy file, got a folder"):
+        Energy.load(tmp_path)

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import nn
 
 import hftcore
 from hftcore import Energy, Pattern, ops
 from hftcore.backend import why_not
+from hftcore.layers import find_layers
 
 
 class Net(nn.Module):
@@ -279,3 +281,98 @@ def test_parameters_that_require_gradients_are_pruned_like_any():
             ops.prune_(weight, torch.ones(4), Pattern("50%", block=(1, 2)))
             assert weight.tolist() == [[0.0, 0.0, 0.0, 9.0]]
             assert not ops.column_energy(weight).requires_grad
+
+
+def mixture(name="qwen3-moe"):
+    """A model with fused experts, and an energy of their matrices in which expert 1 of each saw nothing."""
+    model = tiny_model(name)
+    layers = find_layers(model, ["experts"])
+    draw = torch.Generator().manual_seed(3)
+    values = {}
+    for layer in layers:
+        values[layer.name] = torch.rand(layer.weight.shape[0], layer.weight.shape[-1], generator=draw)
+        values[layer.name][1] = 0
+    return model, layers, Energy(values)
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Pattern("30%", remove="highest"),
+        Pattern("30%", scope="matrix", remove="highest"),
+        Pattern("2:4", remove="highest"),
+        Pattern("25%", block=(2, 4), remove="highest"),
+        Pattern("30%", scope="model", remove="highest"),
+        Pattern("100%", scope="model", remove="highest"),
+    ],
+    ids=str,
+)
+def test_an_expert_without_a_token_is_left_alone_by_removal_from_the_top(name, pattern):
+    model, layers, energy = mixture(name)
+    before = {layer.tensor: layer.weight.clone() for layer in layers}
+    with pytest.warns(UserWarning, match=r"no token reached was left as it was: .*experts\.down_proj\[1\]"):
+        edit = hftcore.prune(model, energy, pattern)
+    assert edit.recipe["untouched"] == [f"{layer.name}[1]" for layer in layers]
+    sizes = []
+    for layer in layers:
+        assert torch.equal(layer.weight[1], before[layer.tensor][1])
+        for expert in (0, 2, 3):
+            weight = before[layer.tensor][expert]
+            sizes.append(weight.numel())
+            if pattern.scope != "model":
+                want = ops.prune_(weight.clone(), energy[layer.name][expert], pattern)
+                assert torch.equal(layer.weight[expert], want)
+    if pattern.scope == "model":
+        assert edit.removed == pattern.removed(sum(sizes))
+    edit.revert(model)
+    assert all(torch.equal(layer.weight, before[layer.tensor]) for layer in layers)
+
+
+def test_removal_from_the_bottom_keeps_its_counts_on_an_expert_without_a_token_and_says_so():
+    model, layers, energy = mixture()
+    with pytest.warns(UserWarning, match=r"pruned by position alone.*experts\.down_proj\[1\]"):
+        edit = hftcore.prune(model, energy, Pattern("50%"))
+    assert "untouched" not in edit.recipe
+    for layer in layers:
+        half = layer.weight.shape[-1] // 2
+        assert not layer.weight[1, :, :half].any()
+        assert layer.weight[1, :, half:].all()
+
+
+def test_benign_data_that_missed_an_expert_spares_nothing_of_it():
+    model, layers, benign = mixture()
+    harmful = Energy({name: torch.ones_like(value) for name, value in benign.items()})
+    top = Pattern("50%", remove="highest")
+    edit = hftcore.prune(model, harmful, top, minus=(benign, top))
+    for layer in layers:
+        mask = ops.unpack_mask(edit.tensors[layer.tensor].mask, layer.weight.shape[-1]).view(layer.weight.shape)
+        assert (mask[1].sum(-1) == layer.weight.shape[-1] // 2).all()
+
+
+def test_scores_without_activations_know_no_idle_matrices():
+    model, _, energy = mixture()
+    edit = hftcore.prune(model, energy, Pattern("50%", remove="highest"), score="magnitude")
+    assert edit.sparsity == 0.5
+
+
+def test_a_reference_that_does_not_fit_is_refused_before_the_batches_are_read():
+    other = Net()
+    other.second = nn.Linear(7, 5)
+
+    def batches():
+        raise AssertionError("a batch was read")
+        yield
+
+    for call in (
+        lambda: hftcore.antidote(Net(), batches(), reference=other),
+        lambda: hftcore.prune(Net(), batches(), "50%", reference=other, sequential=True),
+    ):
+        with pytest.raises(hftcore.HftcoreError, match=r"reference 'second\.weight' must be"):
+            call()
+
+
+def test_an_energy_of_another_model_is_refused_in_a_short_line():
+    energy = Energy({f"layers.{index}": torch.ones(2) for index in range(200)})
+    with pytest.raises(hftcore.HftcoreError, match=r"for: layers\.0, layers\.1, layers\.10 and 197 more; calibrate"):
+        hftcore.prune(Net(), energy, "50%")

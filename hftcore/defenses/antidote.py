@@ -14,6 +14,7 @@ from hftcore.edit import Edit
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
 from hftcore.layers import Targets, find_layers
+from hftcore.matching import energy_layers, reference_weights
 from hftcore.pattern import Pattern, Remove, Scope
 from hftcore.pruning import Score, prune
 
@@ -71,38 +72,36 @@ def antidote(
     2
     """
     pattern = Pattern(dense_ratio, scope=scope, remove=remove)
-    chosen = targets
-    if chosen is None:
-        chosen = "lora" if any(".lora_A." in name for name, _ in model.named_modules()) else "all-linear"
-    energy: Energy | None = None
-    if isinstance(harmful_batches, Energy):
-        energy, average = harmful_batches, harmful_batches.average
-    elif score == "wanda":
-        if harmful_batches is None:
+    chosen = default_targets(model) if targets is None else targets
+    energy = harmful_batches if isinstance(harmful_batches, Energy) else None
+    if energy is not None:
+        average = energy.average
+        layers = energy_layers(model, energy, targets, exclude)
+    else:
+        layers = find_layers(model, chosen, exclude)
+        if score == "wanda" and harmful_batches is None:
             raise HftcoreError("harmful_batches must be batches or an Energy for score 'wanda', got None")
-        energy = calibrate(model, harmful_batches, chosen, exclude, tokens=tokens, average=average)
-    # the layers of a given energy are narrowed by what the caller asks for; one measured here already is
-    restriction = targets if isinstance(harmful_batches, Energy) else chosen
-    minus = None
-    if benign_batches is not None:
-        if not isinstance(benign_batches, Energy):
-            where = chosen if energy is None else list(energy)
-            benign_batches = calibrate(model, benign_batches, where, exclude, tokens=tokens, average=average)
-        minus = (
-            benign_batches,
-            Pattern(dense_ratio if benign_ratio is None else benign_ratio, scope=scope, remove=remove),
-        )
-    elif benign_ratio is not None:
+    if benign_ratio is not None and benign_batches is None:
         raise HftcoreError("benign_ratio needs benign_batches")
-    names = [
-        layer.name for layer in find_layers(model, list(energy or ()) if restriction is None else restriction, exclude)
-    ]
-    if remove == "highest" and reference is None and score != "random" and not all("lora_" in name for name in names):
+    if reference is not None:
+        reference_weights(reference, layers)
+    elif remove == "highest" and score != "random" and not all("lora_" in layer.name for layer in layers):
         warnings.warn(
             "removing the highest-scored weights of full or merged matrices: on SmolLM2-135M one weight a row (ratio 0.001) already "
             "broke the model; target the LoRA factors, or pass reference=",
             stacklevel=2,
         )
+    # the layers of a given energy are narrowed by what the caller asks for; one measured here already is
+    restriction = chosen if energy is None else targets
+    if energy is None and score == "wanda":
+        energy = calibrate(model, harmful_batches, chosen, exclude, tokens=tokens, average=average)
+    minus = None
+    if benign_batches is not None:
+        if not isinstance(benign_batches, Energy):
+            where = chosen if energy is None else list(energy)
+            benign_batches = calibrate(model, benign_batches, where, exclude, tokens=tokens, average=average)
+        share = dense_ratio if benign_ratio is None else benign_ratio
+        minus = benign_batches, Pattern(share, scope=scope, remove=remove)
     edit = prune(
         model,
         energy,
@@ -120,3 +119,8 @@ def antidote(
         if not isinstance(harmful_batches, Energy):
             edit.recipe["tokens"] = tokens
     return edit
+
+
+def default_targets(model: nn.Module) -> str:
+    """What `antidote` works on unless told: "lora" where the model has an adapter, else "all-linear"."""
+    return "lora" if any(".lora_A." in name for name, _ in model.named_modules()) else "all-linear"

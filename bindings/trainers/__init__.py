@@ -1,0 +1,23 @@
+"""Defences as subclasses of `transformers.Trainer`. A line in `METHODS` adds one; loading one loads only that one."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """Where a defence's trainer and config live, and which data sets it takes beside the training set."""
+
+    module: str
+    trainer: str
+    config: str
+    datasets: tuple[str, ...] = ()
+
+    def load(self) -> tuple[Any, Any]:
+        """(trainer class, config class)."""
+        home = importlib.import_module(self.module)
+        return getattr(home, self.trainer), getattr(home, self.config)
+
+
+METHODS: dict[str, Method] = {}

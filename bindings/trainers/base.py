@@ -1,0 +1,214 @@
+"""What the trainers of all defences share: `transformers.Trainer` with the training step handed to the defence."""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from hftcore.bindings.trainers.collate import Collator
+from hftcore.bindings.trainers.stream import Batch, BatchStream
+from hftcore.defenses.perturbation import Parameters, Pass, trained
+from hftcore.errors import HftcoreError, NonFiniteError
+
+STATE_FILE = "defence_state.pt"
+Loss = Callable[[nn.Module, Batch, Any], Tensor]
+
+
+@dataclass
+class DefenceConfig(TrainingArguments):
+    """`TrainingArguments`, checked; a defence adds its settings.
+
+    A defence's settings are a dataclass in `hftcore.defenses` whose `check()` refuses bad values; its config inherits that one first and
+    this one second.
+    """
+
+    # the collators here want columns that a model's forward does not take
+    remove_unused_columns: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Refuse bad settings; a defence's settings have their own."""
+
+
+class DefenceTrainer(Trainer):
+    """A Trainer whose optimizer step is one application of a defence's rule to the whole accumulated batch.
+
+    A defence overrides `update`. Micro-batches are collected until the optimizer is due, so gradient accumulation saves memory and does
+    not change the method: every pass of the rule runs over all of them, at the same weights. Works in one process and under
+    DistributedDataParallel, in float32, bfloat16 and with bf16 autocast.
+
+    Args:
+        model, args, train_dataset, …: as for `Trainer`. Without a `data_collator`, samples of `input_ids` and `labels` are padded by
+            `Collator`.
+
+    Raises:
+        HftcoreError: fp16 loss scaling, FSDP, DeepSpeed or nn.DataParallel, under which gradients cannot be combined here.
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, data_collator: Any = None, **kwargs: Any):
+        if data_collator is None:
+            data_collator = Collator(_pad_token(model, kwargs.get("processing_class")))
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        self._refuse_unsupported()
+        # numbers and tensors of the defence that outlive a step; saved with checkpoints and restored from them
+        self.kept: dict[str, Any] = {}
+        self._streams: dict[str, BatchStream] = {}
+        self._waiting: list[Batch] = []
+        self._noted: dict[str, list[float]] = {}
+
+    def update(self, batches: list[Batch]) -> Tensor:
+        """Leave the step's gradient in `param.grad`, which is empty at the start, and return the loss to report (0-d, detached).
+
+        Args:
+            batches: the micro-batches of this step on this process, on the device.
+        """
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> Parameters:
+        """What is trained, by name."""
+        return trained(cast(nn.Module, self.model))
+
+    def add_stream(self, name: str, dataset: Sequence[Any] | None, batch_size: int | None = None) -> BatchStream:
+        """An endless stream over a second data set, of the training's batch size by default; resumed with checkpoints.
+
+        Raises:
+            HftcoreError: the data set is None or empty.
+        """
+        if dataset is None:
+            raise HftcoreError(f"{type(self).__name__} needs {name}: samples of input_ids and labels")
+        size = batch_size or self.args.per_device_train_batch_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        # streams of one trainer must not walk in step
+        seed += 7919 * (1 + len(self._streams))
+        place = self.args.process_index, self.args.world_size
+        self._streams[name] = BatchStream(name, dataset, size, self.data_collator, seed, *place)
+        return self._streams[name]
+
+    def draw(self, stream: BatchStream, count: int) -> list[Batch]:
+        """The next `count` batches of a stream, on the device."""
+        return [self._prepare_inputs(stream.draw()) for _ in range(count)]
+
+    def over(self, batches: list[Batch], loss: Loss | None = None) -> Pass:
+        """A pass over micro-batches: forward, backward, `param.grad` grows by the gradient of their common loss, which is returned.
+
+        The loss is the mean over the supervised tokens of all micro-batches and processes, as the Trainer's own.
+
+        Args:
+            batches: of one kind, on the device.
+            loss: (model, batch, number) -> 0-d, in place of the Trainer's `compute_loss`. `number` counts the supervised tokens of all
+                micro-batches and processes: the sum over micro-batches and the mean over processes of what is returned must be the loss
+                wanted. Where it is None (models that do not take it), their mean must be.
+        """
+
+        def run() -> Tensor:
+            model = self.model_wrapped
+            number = self.get_batch_samples(iter(batches), len(batches), self.args.device)[1]
+            compute = loss or self._own_loss
+            total = torch.zeros((), device=self.args.device)
+            for index, batch in enumerate(batches):
+                # processes exchange gradients once a pass, on its last micro-batch
+                is_last = index == len(batches) - 1
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    with self.compute_loss_context_manager():
+                        value = compute(model, dict(batch), number)
+                    if number is None:
+                        value = value / len(batches)
+                    self.accelerator.backward(value)
+                total += value.detach()
+            return total
+
+        return run
+
+    def _own_loss(self, model: nn.Module, batch: Batch, number: Any) -> Tensor:
+        loss = self.compute_loss(model, batch, num_items_in_batch=number)
+        return loss if isinstance(loss, Tensor) else loss[0]
+
+    def note(self, **numbers: float) -> None:
+        """Numbers of this step for the log, which shows their mean since the last entry."""
+        for name, value in numbers.items():
+            self._noted.setdefault(name, []).append(float(value))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; micro-batches that an interrupted run left behind are forgotten."""
+        self._waiting.clear()
+        return super().train(*args, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Collect the micro-batch; on the step's last one, run the defence's `update` on all of them."""
+        model.train()
+        self._waiting.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self._waiting = self._waiting, []
+        loss = self.update(batches)
+        if not bool(loss.isfinite()):
+            raise NonFiniteError(
+                f"the loss of step {self.state.global_step + 1} is {float(loss)}; lower the learning rate, or look at the data"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's log entry with the defence's numbers."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self._noted.items()}
+            self._noted.clear()
+        super().log(logs, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            drawn = {name: stream.drawn for name, stream in self._streams.items()}
+            torch.save({"drawn": drawn, "kept": self.kept}, os.path.join(output_dir, STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = os.path.join(checkpoint, STATE_FILE)
+        if not os.path.isfile(path):
+            raise HftcoreError(
+                f"checkpoint {checkpoint} has no {STATE_FILE}, so {type(self).__name__} cannot resume from it; "
+                "start from its weights instead"
+            )
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        if state["drawn"].keys() != self._streams.keys():
+            raise HftcoreError(
+                f"checkpoint {checkpoint} is of a trainer with the data sets {sorted(state['drawn'])}, this one has {sorted(self._streams)}"
+            )
+        self.kept = state["kept"]
+        for name, drawn in state["drawn"].items():
+            self._streams[name].drawn = drawn
+
+    def _refuse_unsupported(self) -> None:
+        name = type(self).__name__
+        if self.args.fp16:
+            raise HftcoreError(
+                f"{name} combines gradients, which fp16's loss scaling would spoil; use bf16=True instead"
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise HftcoreError(
+                f"{name} moves whole weights and runs under DistributedDataParallel, not FSDP or DeepSpeed"
+            )
+        if self.args.n_gpu > 1:
+            raise HftcoreError(
+                f"{name} does not run under nn.DataParallel; start it with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+
+
+def _pad_token(model: Any, tokenizer: Any) -> int:
+    candidates = (
+        getattr(tokenizer, "pad_token_id", None),
+        getattr(getattr(model, "config", None), "pad_token_id", None),
+    )
+    return next((token for token in candidates if token is not None), 0)

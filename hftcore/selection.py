@@ -32,6 +32,15 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """Where the low set ends: every key below `key`, and the first `need` of the `ties` weights whose key equals it."""
+
+    key: int
+    need: int
+    ties: int
+
+
+@dataclass(frozen=True)
 class Cut:
     """The low set: every key below `key`, and of the weights whose key equals it the first `quotas[i][r]` of row r of part i."""
 
@@ -41,6 +50,15 @@ class Cut:
 
 def find_cut(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], count: int) -> Cut:
     """The cut that holds exactly the `count` lowest weights of all parts, in the order (key, part, row-major index).
+
+    Args and errors are those of `find_threshold`.
+    """
+    found = find_threshold(parts, sizes, count)
+    return Cut(found.key, _quotas(parts, sizes, found))
+
+
+def find_threshold(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], count: int) -> Threshold:
+    """Which key ends the `count` lowest weights of all parts, and how many of those that have it belong to them.
 
     Args:
         parts: makers of the matrices, in position order; each is called once a pass, so that a part may be made or loaded lazily.
@@ -65,7 +83,7 @@ def find_cut(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int
             )
         if not 0 < count < total:
             # nothing or everything: no key is below 0, every finite key is below FINITE
-            return Cut(0 if count == 0 else FINITE, [torch.zeros(rows, dtype=torch.int64) for rows, _ in sizes])
+            return Threshold(0 if count == 0 else FINITE, 0, 0)
         below = int(counts[0])
         reached = below + counts[1:-2].cumsum(0)
         if count <= below:
@@ -79,7 +97,7 @@ def find_cut(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int
             start = low + (place << shift)
             if shift == 0:
                 before = int(reached[place - 1]) if place else below
-                return Cut(start, _quotas(parts, sizes, start, count - before, int(counts[1 + place])))
+                return Threshold(start, count - before, int(counts[1 + place]))
             floor, ceiling = start, start + (1 << shift)
             window = (floor, ceiling)
 
@@ -113,16 +131,23 @@ def _sampled_keys(part: Part, rows: Tensor, columns: Tensor) -> Tensor:
     return keys(part.weight[rows, columns], part.norm[columns], reference).cpu()
 
 
-def _quotas(
-    parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], key: int, need: int, ties: int
-) -> list[Tensor]:
-    """How many ties of each row belong to the low set: the first `need` of all `ties`, in position order."""
-    if need == ties:
-        return [torch.full((rows,), columns, dtype=torch.int64) for rows, columns in sizes]
+def _quotas(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], found: Threshold) -> list[Tensor]:
+    """How many ties of each row belong to the low set: the first `need` of all, in position order."""
+    if found.need == found.ties:
+        return [torch.full((rows,), columns if found.need else 0, dtype=torch.int64) for rows, columns in sizes]
+    need = found.need
     quotas = []
     for part in parts:
-        counts = part().call("tie_counts", key).cpu()
-        before = counts.cumsum(0) - counts
-        quotas.append((need - before).clamp(min=0).minimum(counts))
-        need -= int(counts.sum())
+        counts = part().call("tie_counts", found.key).cpu()
+        quotas.append(first_ties(counts, need))
+        need = max(0, need - int(counts.sum()))
     return quotas
+
+
+def first_ties(counts: Tensor, need: int) -> Tensor:
+    """Of ties counted by row, [M] int64, how many of each row are among the first `need`.
+
+    >>> first_ties(torch.tensor([2, 0, 3]), 3)
+    tensor([2, 0, 1])
+    """
+    return (need - (counts.cumsum(0) - counts)).clamp(min=0).minimum(counts)

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,10 @@ def load_model(
     place = _device(device)
     _quiet()
     folder = find_folder(path)
-    adapter = (folder / ADAPTER).is_file()
+    adapter = is_adapter(folder)
     if base is not None and not adapter:
         raise HftcoreError(f"base is for adapter folders; {path} has no {ADAPTER}: leave base out")
-    body = find_folder(base or _named_base(folder), "base model") if adapter else folder
+    body = find_base(folder, base) if adapter else folder
     tokenizer = _load_tokenizer([folder, body])
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -82,12 +83,7 @@ def save_model(
     """
     target = check_output(out, sources)
     if edit is not None and hasattr(model, "peft_config"):
-        outside = [name for name in edit.tensors if ".lora_" not in name]
-        if outside:
-            raise HftcoreError(
-                f"the edit changes {len(outside)} base weights ({outside[0]}), which an adapter folder does not hold; "
-                "choose targets 'lora', or merge the adapter into its base model first"
-            )
+        refuse_base_weights(edit.tensors)
     _quiet()
     with whole_folder(target) as work:
         model.save_pretrained(work)
@@ -96,6 +92,39 @@ def save_model(
         if edit is not None:
             edit.save(work / "edit")
     return target
+
+
+def merged(model: Any) -> Any:
+    """The plain model an adapter makes of its base model, whose memory it takes over; any other model as it is."""
+    return model.merge_and_unload() if hasattr(model, "peft_config") else model
+
+
+def refuse_base_weights(names: Iterable[str]) -> None:
+    """Refuse to change, of a model with an adapter, any parameter that is no LoRA factor.
+
+    Raises:
+        HftcoreError: one of `names` is of the base model, which an adapter folder does not hold.
+    """
+    outside = [name for name in names if ".lora_" not in name]
+    if outside:
+        raise HftcoreError(
+            f"this would change base weights ({outside[0]}), which an adapter folder does not hold: choose targets 'lora', "
+            "keep the Edit alone (--edit-only), or merge the adapter into its base model first"
+        )
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether MODEL, a folder or hub id, is a PEFT adapter."""
+    return (find_folder(path) / ADAPTER).is_file()
+
+
+def find_base(adapter: str | Path, base: str | None = None) -> Path:
+    """The folder of an adapter's base model: the one that `base` says, else the one that its config names.
+
+    Raises:
+        HftcoreError: the adapter names none, or there is no such folder or hub model.
+    """
+    return find_folder(base or _named_base(find_folder(adapter)), "base model")
 
 
 def find_folder(path: str | Path, name: str = "MODEL") -> Path:

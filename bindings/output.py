@@ -7,16 +7,18 @@ from pathlib import Path
 from hftcore.errors import HftcoreError
 
 
-def check_output(out: str | Path, sources: Sequence[str | Path] = (), name: str = "OUT") -> Path:
+def check_output(out: str | Path, sources: Sequence[str | Path] = (), name: str = "OUT", is_file: bool = False) -> Path:
     """The absolute path of `out`, once it is known to be free and outside every source.
 
     Args:
-        out: a folder or file to be made; it may be an empty folder.
+        out: a folder or file to be made; a folder may be there already, if it is empty.
         sources: folders that are read and must not be written into; those that do not exist (hub ids) are skipped.
         name: what the message calls `out`.
+        is_file: whether a file is to be made.
 
     Raises:
-        HftcoreError: `out` exists and is not an empty folder, or it lies in a source.
+        HftcoreError: `out` exists and is not an empty folder (or at all, for a file), it lies in a source, or in something that is no
+            folder to write in.
 
     >>> check_output("/", name="--out")
     Traceback (most recent call last):
@@ -30,9 +32,19 @@ def check_output(out: str | Path, sources: Sequence[str | Path] = (), name: str 
             raise HftcoreError(f"{name} must lie outside {source}, which is only read, got {out}; choose another place")
     if os.path.lexists(path):
         is_folder = path.is_dir() and not path.is_symlink()
+        if is_file:
+            found = "a folder" if is_folder else "it exists"
+            raise HftcoreError(
+                f"{name} must be a file that does not exist yet, got {out} ({found}); choose another name"
+            )
         if not is_folder or any(path.iterdir()):
             found = "not empty" if is_folder else "it exists"
             raise HftcoreError(
                 f"{name} must not exist yet or be an empty folder, got {out} ({found}); choose another name"
             )
+    above = next(parent for parent in path.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise HftcoreError(
+            f"{name} must lie in a folder that can be written, got {out} in {above}; choose another place"
+        )
     return path

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with `model`, an `edit` of it, `tuned`, `adapter` (names `../model`), `data.jsonl`; tests leave it alone."""
+    """A folder with `model`, an `edit` of it, `tuned`, adapters `adapter` and `aligned` of `model` and `foreign` of `tuned`, `data.jsonl`;
+    tests leave it alone."""
     root = tmp_path_factory.mktemp("world")
     words = ["<pad>", "<unk>", "<eos>", *(f"w{index}" for index in range(3, VOCABULARY))]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
@@ -37,10 +39,11 @@ def world(tmp_path_factory):
     for seed, name in enumerate(("model", "tuned")):
         tiny_model("llama", seed=seed).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    with_lora(tiny_model("llama"), ["q_proj", "v_proj"]).save_pretrained(root / "adapter")
-    config = json.loads((root / "adapter" / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "../model"
-    (root / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    for seed, (name, base) in enumerate((("adapter", "../model"), ("aligned", "../model"), ("foreign", "../tuned"))):
+        with_lora(tiny_model("llama", seed=seed), ["q_proj", "v_proj"]).save_pretrained(root / name)
+        config = json.loads((root / name / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = base
+        (root / name / "adapter_config.json").write_text(json.dumps(config))
     pruned = tiny_model("llama")
     hftcore.antidote(pruned, None, score="random").save(root / "edit")
     rows = [{"prompt": f"w{index} w4", "completion": f"w{index + 9} w7 w8"} for index in range(3, 12)]
@@ -157,6 +160,97 @@ def test_base_weights_do_not_fit_into_an_adapter_folder(world, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edit"]
 
 
+@pytest.fixture
+def idle(monkeypatch):
+    """No model is loaded and nothing is measured."""
+
+    def work(*_, **__):
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr("hftcore.bindings.commands.load_model", work)
+
+
+def test_what_cannot_end_well_is_refused_before_a_model_is_loaded(world, tmp_path, idle):
+    (tmp_path / "empty").mkdir()
+    model, adapter, data, out = world / "model", world / "adapter", ["--data", world / "data.jsonl"], tmp_path / "out"
+    for args, message in [
+        (["wanda", adapter, *data, "--out", out], "base weights"),
+        (["antidote", adapter, *data, "--targets", "all-linear", "--out", out], "base weights"),
+        (["calibrate", model, *data, "--out", tmp_path / "empty"], "got .*empty .a folder"),
+        (["calibrate", model, *data, "--out", world / "data.jsonl" / "energy"], "folder that can be written"),
+        (
+            ["wanda", model, *data, "--score", "magnitude", "--out", out],
+            "magnitude looks at no activations: leave --data",
+        ),
+        (["antidote", model, "--energy", out, "--score", "random", "--out", out], "leave --energy out"),
+        (["wanda", model, "--energy", tmp_path / "empty", "--out", out], "must be an energy file, got a folder"),
+        (["wanda", model, "--data", world / "adapter" / "README.md", "--out", out], "README.md"),
+        (["antidote", adapter, *data, "--reference", model, "--edit-only", "--out", out], "leave --edit-only out"),
+        (
+            ["antidote", adapter, *data, "--reference", model, "--targets", "lora", "--out", out],
+            "must be an adapter too",
+        ),
+        (["antidote", adapter, *data, "--reference", world / "foreign", "--out", out], "the same base model"),
+    ]:
+        assert re.search(message, failed(*args)), args
+    assert not out.exists()
+
+
+def test_what_only_the_model_tells_is_refused_before_calibration(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(hftcore, "calibrate", None)
+    out = ["--data", world / "data.jsonl", "--out", tmp_path / "out"]
+    line = failed("wanda", world / "adapter", "--targets", "q_proj.base_layer", *out)
+    assert "base weights (base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight)" in line
+    tiny_model("gpt2").save_pretrained(tmp_path / "other")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "other" / file).write_bytes((world / "model" / file).read_bytes())
+    line = failed("wanda", world / "model", "--reference", tmp_path / "other", *out)
+    assert "reference has no parameter 'model.layers.0.mlp.down_proj.weight'" in line
+
+
+def merged_adapter(folder):
+    return models_io.merged(load_model(folder, "cpu")[0])
+
+
+def test_a_reference_merges_adapters_and_restores_merged_weights(world, tmp_path):
+    options = ["--data", world / "data.jsonl", "--reference", world / "aligned", "--dense-ratio", 0.2]
+    text = succeeded("antidote", world / "adapter", *options, "--out", tmp_path / "out")
+    assert text.startswith("Merged the adapter first, as --reference compares whole weights; removed ")
+    model, aligned = merged_adapter(world / "adapter"), merged_adapter(world / "aligned")
+    tokenizer = load_model(world / "model", "cpu")[1]
+    hftcore.antidote(model, make_batches(load_samples(world / "data.jsonl"), tokenizer), 0.2, reference=aligned)
+    written = load_file(tmp_path / "out" / WEIGHTS)
+    assert all(torch.equal(written[name], weight) for name, weight in model.state_dict().items())
+    succeeded("revert", tmp_path / "out" / "edit", tmp_path / "out", "--out", tmp_path / "back")
+    back, before = load_file(tmp_path / "back" / WEIGHTS), merged_adapter(world / "adapter").state_dict()
+    assert all(torch.equal(back[name], weight) for name, weight in before.items())
+
+
+def test_a_full_model_and_an_adapter_can_be_each_others_reference(world, tmp_path):
+    options = ["--data", world / "data.jsonl", "--json"]
+    for index, (model, reference) in enumerate((("adapter", "model"), ("tuned", "adapter"))):
+        args = ["antidote", world / model, "--reference", world / reference, *options, "--out", tmp_path / str(index)]
+        assert json.loads(succeeded(*args))["merged"]
+    # the same base model for both, whatever they name
+    base = ["--base", world / "model", "--out", tmp_path / "2"]
+    assert json.loads(succeeded("antidote", world / "adapter", "--reference", world / "foreign", *options, *base))[
+        "merged"
+    ]
+
+
+def test_factors_are_compared_with_factors_where_the_targets_say_so(world, tmp_path):
+    options = ["--data", world / "data.jsonl", "--reference", world / "aligned", "--targets", "lora", "--json"]
+    result = json.loads(succeeded("antidote", world / "adapter", *options, "--out", tmp_path / "out"))
+    assert not result["merged"]
+    before, reference, after = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (world / "adapter", world / "aligned", tmp_path / "out")
+    )
+    changed = {name: after[name] != before[name] for name in before}
+    assert sum(int(mask.sum()) for mask in changed.values()) == result["removed"]
+    assert all(torch.equal(after[name][mask], reference[name][mask]) for name, mask in changed.items())
+
+
 def test_edit_only_writes_the_same_edit(world, tmp_path):
     common = [
         "wanda",
@@ -190,7 +284,7 @@ def test_calibrated_energies_can_be_used_later(world, tmp_path):
     succeeded("wanda", world / "model", "--energy", energy, "--edit-only", "--out", tmp_path / "a")
     succeeded("wanda", world / "model", "--data", world / "data.jsonl", *common, "--edit-only", "--out", tmp_path / "b")
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
-    assert "must not exist" in failed("calibrate", world / "model", "--data", world / "data.jsonl", "--out", energy)
+    assert "does not exist yet" in failed("calibrate", world / "model", "--data", world / "data.jsonl", "--out", energy)
 
 
 def test_response_tokens_are_fewer_than_all(world, tmp_path):
@@ -215,16 +309,8 @@ def test_response_tokens_are_fewer_than_all(world, tmp_path):
     ],
 )
 def test_flags_become_the_pattern(world, tmp_path, flags, recipe):
-    common = [
-        "wanda",
-        world / "model",
-        "--data",
-        world / "data.jsonl",
-        "--edit-only",
-        "--json",
-        "--out",
-        tmp_path / "edit",
-    ]
+    data = [] if "random" in flags else ["--data", world / "data.jsonl"]
+    common = ["wanda", world / "model", *data, "--edit-only", "--json", "--out", tmp_path / "edit"]
     result = json.loads(succeeded(*common, *flags))
     assert result["recipe"]["pattern"] == recipe
     assert result["removed"] == hftcore.Edit.load(tmp_path / "edit").removed

@@ -66,7 +66,11 @@ EnergyFile = Annotated[
 ]
 Base = Annotated[str | None, typer.Option(help="Base model of an adapter, in place of the one it names.")]
 Reference = Annotated[
-    str | None, typer.Option(help="Model before fine-tuning: score the change since, and restore its weights.")
+    str | None,
+    typer.Option(
+        help="Model or adapter before fine-tuning: score the change since, and restore its weights. "
+        "Adapters are merged, unless --targets lora compares their factors."
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: the first GPU, else cpu]")]
 LoadDType = Annotated[DType, typer.Option("--dtype", help="Load the weights in this dtype; auto is that of the files.")]

@@ -213,4 +213,5 @@ def antidote(
 def _pruned(result: dict[str, Any]) -> str:
     what = "the Edit" if result["edit_only"] else "the model, with its Edit in edit/,"
     share = f"{result['removed']:,} of {result['size']:,} weights ({result['sparsity']:.2%})"
-    return f"Removed {share} in {result['tensors']} tensors; wrote {what} to {result['out']}"
+    done = "Merged the adapter first, as --reference compares whole weights; removed" if result["merged"] else "Removed"
+    return f"{done} {share} in {result['tensors']} tensors; wrote {what} to {result['out']}"

@@ -73,14 +73,16 @@ def antidote(
     """
     pattern = Pattern(dense_ratio, scope=scope, remove=remove)
     chosen = default_targets(model) if targets is None else targets
-    energy = harmful_batches if isinstance(harmful_batches, Energy) else None
-    if energy is not None:
-        average = energy.average
+    energy: Energy | None = None
+    batches: Iterable[Mapping[str, Tensor]] | None = None
+    if isinstance(harmful_batches, Energy):
+        energy, average = harmful_batches, harmful_batches.average
         layers = energy_layers(model, energy, targets, exclude)
     else:
         layers = find_layers(model, chosen, exclude)
         if score == "wanda" and harmful_batches is None:
             raise HftcoreError("harmful_batches must be batches or an Energy for score 'wanda', got None")
+        batches = harmful_batches if score == "wanda" else None
     if benign_ratio is not None and benign_batches is None:
         raise HftcoreError("benign_ratio needs benign_batches")
     if reference is not None:
@@ -93,8 +95,8 @@ def antidote(
         )
     # the layers of a given energy are narrowed by what the caller asks for; one measured here already is
     restriction = chosen if energy is None else targets
-    if energy is None and score == "wanda":
-        energy = calibrate(model, harmful_batches, chosen, exclude, tokens=tokens, average=average)
+    if batches is not None:
+        energy = calibrate(model, batches, chosen, exclude, tokens=tokens, average=average)
     minus = None
     if benign_batches is not None:
         if not isinstance(benign_batches, Energy):

@@ -46,6 +46,11 @@ def column_energy(x: Tensor, keep: Tensor | None) -> Tensor:
     return total.float()
 
 
+def empty_mask(weight: Tensor) -> Tensor:
+    rows, columns = weight.shape
+    return torch.empty((rows, -(-columns // 8)), dtype=torch.uint8, device=weight.device)
+
+
 def nonfinite(weight: Tensor, norm: Tensor, reference: Tensor | None) -> int:
     count = sum((keys(weight[band], norm, _at(reference, band)) >= FINITE).sum() for band in bands(weight))
     return int(count)
@@ -69,6 +74,8 @@ def _prune(
     spoiled = 0
     if width == 0:
         return spoiled
+    if mask is None and nonfinite(weight, norm, reference):
+        mask = empty_mask(weight)  # to count them, and leave the weights alone
     for band in bands(weight):
         key = keys(weight[band], norm, _at(reference, band)).unflatten(1, (-1, width))
         bad = (key >= FINITE).any(-1, keepdim=True)

@@ -25,6 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hftcore.kernels import launch
+from hftcore.kernels.eager import empty_mask
+from hftcore.kernels.triton_matrix import nonfinite
 from hftcore.kernels.triton_score import FINITE, OUTSIDE, arguments, remove_in_place, score_keys, store_bits
 
 INTERPOLATIONS = tl.constexpr(8)
@@ -327,10 +329,12 @@ def _pack_kernel(flags_ptr, mask_ptr, M, N, BLOCK_N: tl.constexpr):  # [M, N] ui
 def prune_rows(
     weight: Tensor, norm: Tensor, reference: Tensor | None, count: int, invert: bool, mask: Tensor | None
 ) -> int:
-    """Removes in place, or writes the mask; returns how many rows had a score that is not finite and were left alone."""
+    """Removes in place, or writes the mask; returns how many rows have a score that is not finite."""
     M, N = weight.shape
     if M * N == 0:
         return 0
+    if mask is None and nonfinite(weight, norm, reference):
+        mask = empty_mask(weight)  # to count them, and leave the weights alone
     tile = launch.row_tile(M, N, *weight.stride())
     spoiled = torch.zeros(1, dtype=torch.int64, device=weight.device)
     share = min(max(count / N, 1 / 512), 511 / 512)
@@ -354,10 +358,12 @@ def prune_rows(
 def prune_groups(
     weight: Tensor, norm: Tensor, reference: Tensor | None, n: int, m: int, invert: bool, mask: Tensor | None
 ) -> int:
-    """Removes in place, or writes the mask; returns how many groups had a score that is not finite and were left alone."""
+    """Removes in place, or writes the mask; returns how many groups have a score that is not finite."""
     M, N = weight.shape
     if M * N == 0:
         return 0
+    if mask is None and nonfinite(weight, norm, reference):
+        mask = empty_mask(weight)  # to count them, and leave the weights alone
     tile = launch.group_tile(N)
     width = launch.power_of_two(m)
     flags = None if mask is None or width == m else torch.empty((M, N), dtype=torch.uint8, device=weight.device)

@@ -99,8 +99,6 @@ def prune_(weight: Tensor, energy: Tensor, pattern: Pattern | str, reference: Te
         mask = prune_mask(weight, energy, pattern, reference)
         masked_put_(weight, mask, None if reference is None else masked_take(reference, mask))
         return weight
-    if pattern.scope == "row" and part.call("nonfinite"):
-        raise _nonfinite(part)
     _select(part, pattern, None)
     return weight
 

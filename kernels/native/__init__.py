@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hftcore.kernels.eager import empty_mask
+
 SIMDS = ("portable", "avx2", "avx512")  # the index is the number the library knows the path by
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 OPS = (
@@ -196,6 +198,8 @@ def prune_rows(
 def prune_groups(
     weight: Tensor, norm: Tensor, reference: Tensor | None, n: int, m: int, invert: bool, mask: Tensor | None
 ) -> int:
+    if mask is None and nonfinite(weight, norm, reference):
+        mask = empty_mask(weight)  # to count them, and leave the weights alone
     job = _scores(weight, norm, reference)
     job.a, job.b, job.invert = n, m, invert
     job.mask = None if mask is None else mask.data_ptr()

@@ -60,8 +60,8 @@ struct Rows {
   // how many rows are worth loading together
   static int64_t together(int64_t columns) {
     int64_t fit = (int64_t{1} << 20) / (pitch_of(columns) * int64_t{sizeof(T)});
-    int64_t line = 64 / int64_t{sizeof(T)};
-    return fit < 1 ? 1 : fit < line ? fit : line;
+    int64_t lines = 2 * 64 / int64_t{sizeof(T)};  // the neighbour of a cache line comes cheaply
+    return fit < 1 ? 1 : fit < lines ? fit : lines;
   }
 
   static int64_t scratch(int64_t columns) {

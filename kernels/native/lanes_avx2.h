@@ -17,43 +17,33 @@ INLINE __m256i load_int(const void* p) { return _mm256_loadu_si256(static_cast<c
 INLINE void store_int(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 INLINE uint64_t flags(__m256i x) { return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(x))); }
 
-struct Stats {
-  __m256i top, zeros;
-  __m256 sum;
+struct Sum {
+  __m256 lane[2];
 };
 
-INLINE void reset(Stats& stats) {
-  stats.top = stats.zeros = _mm256_setzero_si256();
-  stats.sum = _mm256_setzero_ps();
-}
+INLINE void reset(Sum& sum) { sum.lane[0] = sum.lane[1] = _mm256_setzero_ps(); }
 
-INLINE Summary finish(const Stats& stats) {
-  int32_t top[8], zeros[8];
-  float sum[8];
-  store_int(top, stats.top);
-  store_int(zeros, stats.zeros);
-  _mm256_storeu_ps(sum, stats.sum);
-  Summary summary{0, 0, 0};
-  for (int j = 0; j < 8; ++j) {
-    if (top[j] > summary.top) summary.top = top[j];
-    summary.zeros += zeros[j];
-    summary.sum += sum[j];
-  }
-  return summary;
+INLINE float finish(const Sum& sum) {
+  float lane[8], total = 0;
+  _mm256_storeu_ps(lane, _mm256_add_ps(sum.lane[0], sum.lane[1]));
+  for (float one : lane) total += one;
+  return total;
 }
 
 template <class T>
-INLINE void keys64(const T* w, const T* r, const float* norm, int32_t* key, Stats& stats) {
-  const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF), nothing = _mm256_setzero_si256();
+INLINE __m256i keys8(const T* w, const T* r, const float* norm) {
+  __m256 x = load(w);
+  if (r) x = _mm256_sub_ps(x, load(r));
+  // the sign is cleared after the product: it also clears that of infinity times zero
+  return _mm256_and_si256(_mm256_castps_si256(_mm256_mul_ps(x, _mm256_loadu_ps(norm))), _mm256_set1_epi32(0x7FFFFFFF));
+}
+
+template <class T>
+INLINE void keys64(const T* w, const T* r, const float* norm, int32_t* key, Sum& sum) {
   for (int i = 0; i < BLOCK; i += 8) {
-    __m256 x = load(w + i);
-    if (r) x = _mm256_sub_ps(x, load(r + i));
-    // the sign is cleared after the product: it also clears that of infinity times zero
-    __m256i bits = _mm256_and_si256(_mm256_castps_si256(_mm256_mul_ps(x, _mm256_loadu_ps(norm + i))), magnitude);
+    __m256i bits = keys8(w + i, r ? r + i : nullptr, norm + i);
     store_int(key + i, bits);
-    stats.top = _mm256_max_epi32(stats.top, bits);
-    stats.zeros = _mm256_sub_epi32(stats.zeros, _mm256_cmpeq_epi32(bits, nothing));
-    stats.sum = _mm256_add_ps(stats.sum, _mm256_castsi256_ps(bits));
+    sum.lane[i / 8 % 2] = _mm256_add_ps(sum.lane[i / 8 % 2], _mm256_castsi256_ps(bits));
   }
 }
 
@@ -80,21 +70,75 @@ struct Compress {
 };
 static constexpr Compress COMPRESS;
 
-INLINE int32_t* collect64(const int32_t* key, int32_t low, uint32_t width, int32_t* out, int64_t& below) {
+INLINE uint64_t below64(const int32_t* key, int32_t value) {
+  const __m256i v = _mm256_set1_epi32(value);
+  uint64_t below = 0;
+  for (int i = 0; i < BLOCK; i += 8) below |= flags(_mm256_cmpgt_epi32(v, load_int(key + i))) << i;
+  return below;
+}
+
+struct Below {
+  __m256i count;  // negative
+};
+
+INLINE void reset(Below& below) { below.count = _mm256_setzero_si256(); }
+
+INLINE int64_t finish(const Below& below) {
+  int32_t lane[8];
+  int64_t total = 0;
+  store_int(lane, below.count);
+  for (int32_t one : lane) total -= one;
+  return total;
+}
+
+INLINE int32_t* collect8(__m256i key, __m256i low, __m256i high, int32_t* out, Below& below) {
   // keys and bounds are never negative as int32, so signed comparisons order them
+  __m256i under = _mm256_cmpgt_epi32(low, key);
+  below.count = _mm256_add_epi32(below.count, under);
+  uint64_t inside = flags(_mm256_andnot_si256(under, _mm256_cmpgt_epi32(high, key)));
+  __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(COMPRESS.lane[inside])));
+  store_int(out, _mm256_permutevar8x32_epi32(key, order));
+  return out + __builtin_popcountll(inside);
+}
+
+INLINE int32_t* collect64(const int32_t* key, int32_t low, uint32_t width, int32_t* out, Below& below) {
   const __m256i l = _mm256_set1_epi32(low), high = _mm256_set1_epi32(int32_t(uint32_t(low) + width));
-  uint64_t less = 0;
-  for (int i = 0; i < BLOCK; i += 8) {
-    __m256i k = load_int(key + i);
-    __m256i under = _mm256_cmpgt_epi32(l, k);
-    less |= flags(under) << i;
-    uint64_t inside = flags(_mm256_andnot_si256(under, _mm256_cmpgt_epi32(high, k)));
-    __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(COMPRESS.lane[inside])));
-    store_int(out, _mm256_permutevar8x32_epi32(k, order));
-    out += __builtin_popcountll(inside);
-  }
-  below += __builtin_popcountll(less);
+  for (int i = 0; i < BLOCK; i += 8) out = collect8(load_int(key + i), l, high, out, below);
   return out;
+}
+
+template <class T>
+INLINE int32_t* collect_scores64(const T* w, const T* r, const float* norm, int32_t low, uint32_t width, int32_t* out,
+                                 Below& below, Sum& sum) {
+  const __m256i l = _mm256_set1_epi32(low), high = _mm256_set1_epi32(int32_t(uint32_t(low) + width));
+  for (int i = 0; i < BLOCK; i += 8) {
+    __m256i bits = keys8(w + i, r ? r + i : nullptr, norm + i);
+    sum.lane[i / 8 % 2] = _mm256_add_ps(sum.lane[i / 8 % 2], _mm256_castsi256_ps(bits));
+    out = collect8(bits, l, high, out, below);
+  }
+  return out;
+}
+
+INLINE void cut64(float* w, const float* r, const float* norm, int32_t value, bool invert) {
+  const __m256i v = _mm256_set1_epi32(value), flip = _mm256_set1_epi32(invert ? -1 : 0);
+  for (int i = 0; i < BLOCK; i += 8) {
+    __m256i removed = _mm256_xor_si256(_mm256_cmpgt_epi32(v, keys8(w + i, r ? r + i : nullptr, norm + i)), flip);
+    __m256i other = r ? load_int(r + i) : _mm256_setzero_si256();
+    store_int(w + i, _mm256_blendv_epi8(load_int(w + i), other, removed));
+  }
+}
+
+template <class T>
+INLINE void cut64(T* w, const T* r, const float* norm, int32_t value, bool invert) {
+  const __m256i v = _mm256_set1_epi32(value), flip = _mm256_set1_epi32(invert ? -1 : 0);
+  for (int i = 0; i < BLOCK; i += 16) {
+    __m256i first = _mm256_cmpgt_epi32(v, keys8(w + i, r ? r + i : nullptr, norm + i));
+    __m256i second = _mm256_cmpgt_epi32(v, keys8(w + i + 8, r ? r + i + 8 : nullptr, norm + i + 8));
+    // packing works within halves of a vector: the quarters are put in order again
+    __m256i removed = _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xD8);
+    __m256i other = r ? load_int(r + i) : _mm256_setzero_si256();
+    store_int(w + i, _mm256_blendv_epi8(load_int(w + i), other, _mm256_xor_si256(removed, flip)));
+  }
 }
 
 INLINE void put64(float* w, const float* r, uint64_t marked) {

@@ -15,32 +15,32 @@ INLINE __m512 load(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-struct Stats {
-  __m512i top, zeros;
-  __m512 sum;
+struct Sum {
+  __m512 lane[4];
 };
 
-INLINE void reset(Stats& stats) {
-  stats.top = stats.zeros = _mm512_setzero_si512();
-  stats.sum = _mm512_setzero_ps();
+INLINE void reset(Sum& sum) {
+  for (__m512& lane : sum.lane) lane = _mm512_setzero_ps();
 }
 
-INLINE Summary finish(const Stats& stats) {
-  return {_mm512_reduce_max_epi32(stats.top), _mm512_reduce_add_epi32(stats.zeros), _mm512_reduce_add_ps(stats.sum)};
+INLINE float finish(const Sum& sum) {
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum.lane[0], sum.lane[1]), _mm512_add_ps(sum.lane[2], sum.lane[3])));
 }
 
 template <class T>
-INLINE void keys64(const T* w, const T* r, const float* norm, int32_t* key, Stats& stats) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF), minus_one = _mm512_set1_epi32(-1);
-  for (int i = 0; i < BLOCK; i += 16) {
-    __m512 x = load(w + i);
-    if (r) x = _mm512_sub_ps(x, load(r + i));
-    // the sign is cleared after the product: it also clears that of infinity times zero
-    __m512i bits = _mm512_and_si512(_mm512_castps_si512(_mm512_mul_ps(x, _mm512_loadu_ps(norm + i))), magnitude);
-    _mm512_storeu_si512(key + i, bits);
-    stats.top = _mm512_max_epi32(stats.top, bits);
-    stats.zeros = _mm512_mask_sub_epi32(stats.zeros, _mm512_testn_epi32_mask(bits, bits), stats.zeros, minus_one);
-    stats.sum = _mm512_add_ps(stats.sum, _mm512_castsi512_ps(bits));
+INLINE __m512i keys16(const T* w, const T* r, const float* norm) {
+  __m512 x = load(w);
+  if (r) x = _mm512_sub_ps(x, load(r));
+  // the sign is cleared after the product: it also clears that of infinity times zero
+  return _mm512_and_si512(_mm512_castps_si512(_mm512_mul_ps(x, _mm512_loadu_ps(norm))), _mm512_set1_epi32(0x7FFFFFFF));
+}
+
+template <class T>
+INLINE void keys64(const T* w, const T* r, const float* norm, int32_t* key, Sum& sum) {
+  for (int i = 0; i < 4; ++i) {
+    __m512i bits = keys16(w + 16 * i, r ? r + 16 * i : nullptr, norm + 16 * i);
+    _mm512_storeu_si512(key + 16 * i, bits);
+    sum.lane[i] = _mm512_add_ps(sum.lane[i], _mm512_castsi512_ps(bits));
   }
 }
 
@@ -54,19 +54,67 @@ INLINE void compare64(const int32_t* key, int32_t value, uint64_t& below, uint64
   }
 }
 
-INLINE int32_t* collect64(const int32_t* key, int32_t low, uint32_t width, int32_t* out, int64_t& below) {
-  const __m512i l = _mm512_set1_epi32(low), w = _mm512_set1_epi32(int32_t(width));
-  uint64_t less = 0;
-  for (int i = 0; i < BLOCK; i += 16) {
-    __m512i k = _mm512_loadu_si512(key + i);
-    less |= uint64_t{_mm512_cmplt_epi32_mask(k, l)} << i;
-    uint32_t inside = _mm512_cmplt_epu32_mask(_mm512_sub_epi32(k, l), w);
-    // compressed in a register: compressing straight to memory is slow on some processors
-    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(__mmask16(inside), k));
-    out += __builtin_popcount(inside);
-  }
-  below += __builtin_popcountll(less);
+INLINE uint64_t below64(const int32_t* key, int32_t value) {
+  const __m512i v = _mm512_set1_epi32(value);
+  uint64_t below = 0;
+  for (int i = 0; i < BLOCK; i += 16) below |= uint64_t{_mm512_cmplt_epi32_mask(_mm512_loadu_si512(key + i), v)} << i;
+  return below;
+}
+
+struct Below {
+  __m512i count;  // negative
+};
+
+INLINE void reset(Below& below) { below.count = _mm512_setzero_si512(); }
+INLINE int64_t finish(const Below& below) { return -int64_t{_mm512_reduce_add_epi32(below.count)}; }
+
+INLINE int32_t* collect16(__m512i key, int32_t low, uint32_t width, int32_t* out, Below& below) {
+  // keys and bounds are never negative, so the difference is exactly when the key lies below
+  __m512i above = _mm512_sub_epi32(key, _mm512_set1_epi32(low));
+  below.count = _mm512_add_epi32(below.count, _mm512_srai_epi32(above, 31));
+  uint32_t inside = _mm512_cmplt_epu32_mask(above, _mm512_set1_epi32(int32_t(width)));
+  // compressed in a register: compressing straight to memory is slow on some processors
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(__mmask16(inside), key));
+  return out + __builtin_popcount(inside);
+}
+
+INLINE int32_t* collect64(const int32_t* key, int32_t low, uint32_t width, int32_t* out, Below& below) {
+  for (int i = 0; i < BLOCK; i += 16) out = collect16(_mm512_loadu_si512(key + i), low, width, out, below);
   return out;
+}
+
+template <class T>
+INLINE int32_t* collect_scores64(const T* w, const T* r, const float* norm, int32_t low, uint32_t width, int32_t* out,
+                                 Below& below, Sum& sum) {
+  for (int i = 0; i < 4; ++i) {
+    __m512i bits = keys16(w + 16 * i, r ? r + 16 * i : nullptr, norm + 16 * i);
+    sum.lane[i] = _mm512_add_ps(sum.lane[i], _mm512_castsi512_ps(bits));
+    out = collect16(bits, low, width, out, below);
+  }
+  return out;
+}
+
+INLINE void cut64(float* w, const float* r, const float* norm, int32_t value, bool invert) {
+  const __mmask16 flip = invert ? 0xFFFF : 0;
+  for (int i = 0; i < BLOCK; i += 16) {
+    __m512i key = keys16(w + i, r ? r + i : nullptr, norm + i);
+    __mmask16 removed = _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32(value)) ^ flip;
+    __m512 other = r ? _mm512_loadu_ps(r + i) : _mm512_setzero_ps();
+    _mm512_storeu_ps(w + i, _mm512_mask_mov_ps(_mm512_loadu_ps(w + i), removed, other));
+  }
+}
+
+template <class T>
+INLINE void cut64(T* w, const T* r, const float* norm, int32_t value, bool invert) {
+  const __m512i v = _mm512_set1_epi32(value);
+  const __mmask32 flip = invert ? 0xFFFFFFFF : 0;
+  for (int i = 0; i < BLOCK; i += 32) {
+    uint32_t first = _mm512_cmplt_epi32_mask(keys16(w + i, r ? r + i : nullptr, norm + i), v);
+    uint32_t second = _mm512_cmplt_epi32_mask(keys16(w + i + 16, r ? r + i + 16 : nullptr, norm + i + 16), v);
+    __mmask32 removed = (first | second << 16) ^ flip;
+    __m512i other = r ? _mm512_loadu_si512(r + i) : _mm512_setzero_si512();
+    _mm512_storeu_si512(w + i, _mm512_mask_mov_epi16(_mm512_loadu_si512(w + i), removed, other));
+  }
 }
 
 INLINE void put64(float* w, const float* r, uint64_t marked) {

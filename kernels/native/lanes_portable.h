@@ -12,36 +12,34 @@ INLINE float widen(Float16 x) {
   return from_bits(bits | uint32_t(x.bits & 0x8000) << 16);
 }
 
-struct Stats {
-  int32_t top[16];
-  int32_t zeros[16];
-  float sum[16];
+// sums of scores; not finite if one of them is not
+struct Sum {
+  float lane[16];
 };
 
-INLINE void reset(Stats& stats) { std::memset(&stats, 0, sizeof(stats)); }
+INLINE void reset(Sum& sum) { std::memset(&sum, 0, sizeof(sum)); }
 
-INLINE Summary finish(const Stats& stats) {
-  Summary summary{0, 0, 0};
-  for (int j = 0; j < 16; ++j) {
-    if (stats.top[j] > summary.top) summary.top = stats.top[j];
-    summary.zeros += stats.zeros[j];
-    summary.sum += stats.sum[j];
-  }
-  return summary;
+INLINE float finish(const Sum& sum) {
+  float total = 0;
+  for (float one : sum.lane) total += one;
+  return total;
 }
 
 template <class T>
-INLINE void keys64(const T* w, const T* r, const float* norm, int32_t* key, Stats& stats) {
+INLINE void keys16(const T* w, const T* r, const float* norm, int32_t* bits) {
+  for (int j = 0; j < 16; ++j) {
+    float x = r ? widen(w[j]) - widen(r[j]) : widen(w[j]);
+    bits[j] = int32_t(to_bits(from_bits(to_bits(x) & 0x7FFFFFFFu) * norm[j]) & 0x7FFFFFFFu);
+  }
+}
+
+template <class T>
+INLINE void keys64(const T* w, const T* r, const float* norm, int32_t* key, Sum& sum) {
   for (int i = 0; i < BLOCK; i += 16) {
     int32_t bits[16];
-    for (int j = 0; j < 16; ++j) {
-      float x = r ? widen(w[i + j]) - widen(r[i + j]) : widen(w[i + j]);
-      bits[j] = int32_t(to_bits(from_bits(to_bits(x) & 0x7FFFFFFFu) * norm[i + j]) & 0x7FFFFFFFu);
-    }
+    keys16(w + i, r ? r + i : nullptr, norm + i, bits);
     for (int j = 0; j < 16; ++j) key[i + j] = bits[j];
-    for (int j = 0; j < 16; ++j) stats.top[j] = bits[j] > stats.top[j] ? bits[j] : stats.top[j];
-    for (int j = 0; j < 16; ++j) stats.zeros[j] += bits[j] == 0;
-    for (int j = 0; j < 16; ++j) stats.sum[j] += from_bits(uint32_t(bits[j]));
+    for (int j = 0; j < 16; ++j) sum.lane[j] += from_bits(uint32_t(bits[j]));
   }
 }
 
@@ -61,22 +59,68 @@ INLINE void compare64(const int32_t* key, int32_t value, uint64_t& below, uint64
   equal = word[1];
 }
 
+INLINE uint64_t below64(const int32_t* key, int32_t value) {
+  uint64_t below, equal;
+  compare64(key, value, below, equal);
+  return below;
+}
+
+struct Below {
+  int64_t count;
+};
+
+INLINE void reset(Below& below) { below.count = 0; }
+INLINE int64_t finish(const Below& below) { return below.count; }
+
 // appends the keys in [low, low + width) to `out` (room for 64 more is needed), and counts those below
-INLINE int32_t* collect64(const int32_t* key, int32_t low, uint32_t width, int32_t* out, int64_t& below) {
-  int32_t less = 0;
-  for (int j = 0; j < BLOCK; ++j) less += key[j] < low;
-  below += less;
+INLINE int32_t* collect16(const int32_t* key, int32_t low, uint32_t width, int32_t* out, Below& below) {
+  int32_t less = 0, any = 0;
+  for (int j = 0; j < 16; ++j) less += key[j] < low;
+  for (int j = 0; j < 16; ++j) any |= uint32_t(key[j]) - uint32_t(low) < width;
+  below.count += less;
   // few keys are inside most windows, and finding none takes no branch a key
-  for (int i = 0; i < BLOCK; i += 16) {
-    int any = 0;
-    for (int j = i; j < i + 16; ++j) any |= uint32_t(key[j]) - uint32_t(low) < width;
-    if (!any) continue;
-    for (int j = i; j < i + 16; ++j) {
-      *out = key[j];
-      out += uint32_t(key[j]) - uint32_t(low) < width;
-    }
+  if (!any) return out;
+  for (int j = 0; j < 16; ++j) {
+    *out = key[j];
+    out += uint32_t(key[j]) - uint32_t(low) < width;
   }
   return out;
+}
+
+INLINE int32_t* collect64(const int32_t* key, int32_t low, uint32_t width, int32_t* out, Below& below) {
+  for (int i = 0; i < BLOCK; i += 16) out = collect16(key + i, low, width, out, below);
+  return out;
+}
+
+// the same for scores that are not kept
+template <class T>
+INLINE int32_t* collect_scores64(const T* w, const T* r, const float* norm, int32_t low, uint32_t width, int32_t* out,
+                                 Below& below, Sum& sum) {
+  for (int i = 0; i < BLOCK; i += 16) {
+    int32_t bits[16];
+    keys16(w + i, r ? r + i : nullptr, norm + i, bits);
+    for (int j = 0; j < 16; ++j) sum.lane[j] += from_bits(uint32_t(bits[j]));
+    out = collect16(bits, low, width, out, below);
+  }
+  return out;
+}
+
+// weights whose key is below `value` (or, inverted, is not) become the reference's, or zero
+template <class T>
+INLINE void cut64(T* w, const T* r, const float* norm, int32_t value, bool invert) {
+  using Bits = typename Element<T>::Bits;
+  for (int i = 0; i < BLOCK; i += 16) {
+    int32_t key[16];
+    Bits own[16], other[16] = {};
+    keys16(w + i, r ? r + i : nullptr, norm + i, key);
+    std::memcpy(own, w + i, sizeof(own));
+    if (r) std::memcpy(other, r + i, sizeof(other));
+    for (int j = 0; j < 16; ++j) {
+      Bits removed = Bits(-int32_t((key[j] < value) != invert));
+      own[j] = Bits((own[j] & Bits(~removed)) | (other[j] & removed));
+    }
+    std::memcpy(static_cast<void*>(w + i), own, sizeof(own));
+  }
 }
 
 // the marked ones of 64 weights become the reference's, or zero

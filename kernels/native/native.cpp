@@ -31,13 +31,6 @@ enum Op {
   MASK_COUNTS,
 };
 
-// what one pass over the keys of a row tells
-struct Summary {
-  int32_t top;
-  int64_t zeros;
-  float sum;
-};
-
 template <class T>
 struct Element {
   using Bits = uint16_t;
@@ -62,6 +55,10 @@ INLINE uint32_t to_bits(float x) {
 namespace portable {
 #include "lanes_portable.h"
 
+#include "keys.h"
+
+#include "select.h"
+
 #include "ops.h"
 }  // namespace portable
 
@@ -73,6 +70,10 @@ namespace portable {
 namespace avx2 {
 #include "lanes_avx2.h"
 
+#include "keys.h"
+
+#include "select.h"
+
 #include "ops.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -81,6 +82,10 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512")
 namespace avx512 {
 #include "lanes_avx512.h"
+
+#include "keys.h"
+
+#include "select.h"
 
 #include "ops.h"
 }  // namespace avx512

@@ -1,238 +1,5 @@
-// The ops over rows, written once and compiled for every instruction set: included inside a namespace that already has
-// keys64, compare64, collect64 and put64. No lambdas here: they would lose the namespace's target.
+// The ops, each as the bytes of scratch that a thread needs and a body that works through chunks of rows. Included like keys.h.
 
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// The keys of `columns` weights, padded to a multiple of BLOCK with keys above every finite one.
-template <class T>
-inline Summary make_keys(const T* w, const T* r, const float* norm, int64_t columns, int32_t* key) {
-  Stats stats;
-  reset(stats);
-  int64_t whole = columns / BLOCK * BLOCK;
-  if (r) {
-    for (int64_t i = 0; i < whole; i += BLOCK) keys64(w + i, r + i, norm + i, key + i, stats);
-  } else {
-    for (int64_t i = 0; i < whole; i += BLOCK) keys64(w + i, static_cast<const T*>(nullptr), norm + i, key + i, stats);
-  }
-  int64_t rest = columns - whole;
-  if (rest) {
-    T some_w[BLOCK] = {}, some_r[BLOCK] = {};
-    float some_norm[BLOCK] = {};
-    std::memcpy(static_cast<void*>(some_w), w + whole, size_t(rest) * sizeof(T));
-    if (r) std::memcpy(static_cast<void*>(some_r), r + whole, size_t(rest) * sizeof(T));
-    std::memcpy(some_norm, norm + whole, size_t(rest) * sizeof(float));
-    keys64(static_cast<const T*>(some_w), static_cast<const T*>(some_r), static_cast<const float*>(some_norm), key + whole,
-           stats);
-    for (int64_t i = rest; i < BLOCK; ++i) key[whole + i] = PADDING;
-  }
-  Summary summary = finish(stats);
-  if (rest) summary.zeros -= BLOCK - rest;
-  return summary;
-}
-
-template <class T>
-struct BitsOf {
-  using type = uint16_t;
-};
-template <>
-struct BitsOf<float> {
-  using type = uint32_t;
-};
-
-// The largest magnitude of n weights; NaN or infinity if one of them is.
-template <class T>
-inline float peak(const T* w, int64_t n) {
-  using Bits = typename BitsOf<T>::type;
-  Bits top = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    Bits bits;
-    std::memcpy(&bits, static_cast<const void*>(w + i), sizeof bits);
-    bits = Bits(bits & (Bits(~Bits(0)) >> 1));
-    top = bits > top ? bits : top;
-  }
-  T value;
-  std::memcpy(static_cast<void*>(&value), &top, sizeof top);
-  return widen(value);
-}
-
-// Of `columns` keys: how many lie below `value` (returned) and how many equal it.
-inline int64_t count(const int32_t* key, int64_t columns, int32_t value, int64_t& equal) {
-  int64_t below = 0;
-  equal = 0;
-  for (int64_t i = 0; i < columns; i += BLOCK) {
-    uint64_t less, same;
-    compare64(key + i, value, less, same);
-    below += __builtin_popcountll(less);
-    equal += __builtin_popcountll(same);
-  }
-  return below;
-}
-
-// Copies the keys in [low, high) to `out` and pads them; returns how many, and how many lie below.
-inline int64_t collect(const int32_t* key, int64_t columns, int32_t low, int32_t high, int32_t* out, int64_t& below) {
-  int32_t* end = out;
-  below = 0;
-  uint32_t width = uint32_t(high) - uint32_t(low);
-  for (int64_t i = 0; i < columns; i += BLOCK) end = collect64(key + i, low, width, end, below);
-  for (int64_t i = 0; i < BLOCK; ++i) end[i] = PADDING;
-  return end - out;
-}
-
-// Bits of the removed columns: those below `value` and the first `quota` ones equal to it, or all the others.
-inline void mark(const int32_t* key, int64_t columns, int32_t value, int64_t& quota, bool invert, uint8_t* bits) {
-  for (int64_t i = 0; i < columns; i += BLOCK) {
-    uint64_t low, tie;
-    compare64(key + i, value, low, tie);
-    if (tie) {
-      int64_t ties = __builtin_popcountll(tie);
-      for (; ties > quota; --ties) tie &= ~(uint64_t{1} << (63 - __builtin_clzll(tie)));
-      quota -= ties;
-      low |= tie;
-    }
-    if (invert) low = ~low;
-    int64_t rest = columns - i;
-    if (rest < BLOCK) low &= (uint64_t{1} << rest) - 1;
-    std::memcpy(bits + i / 8, &low, size_t(smaller(8, (rest + 7) / 8)));
-  }
-}
-
-INLINE uint64_t load_bits(const uint8_t* bits, int64_t columns) {
-  uint64_t word = 0;
-  if (columns >= BLOCK) {
-    std::memcpy(&word, bits, 8);
-  } else {
-    std::memcpy(&word, bits, size_t((columns + 7) / 8));
-    word &= (uint64_t{1} << columns) - 1;
-  }
-  return word;
-}
-
-// The marked weights of a row become the reference's, or zero.
-template <class T>
-inline void put(T* w, const T* r, const uint8_t* bits, int64_t columns) {
-  int64_t whole = columns / BLOCK * BLOCK;
-  for (int64_t i = 0; i < whole; i += BLOCK) {
-    uint64_t word;
-    std::memcpy(&word, bits + i / 8, 8);
-    if (word) put64(w + i, r ? r + i : nullptr, word);
-  }
-  if (whole < columns) {
-    uint64_t word = load_bits(bits + whole / 8, columns - whole);
-    for (; word; word &= word - 1) {
-      int64_t j = whole + __builtin_ctzll(word);
-      w[j] = r ? r[j] : T{};
-    }
-  }
-}
-
-// The smallest `key` with at least `count` keys at or below it, and how many keys equal to it are among the lowest `count`.
-struct Cut {
-  int32_t key;
-  int64_t quota;
-};
-
-// The k-th smallest of `m` padded keys, by trying each of them.
-inline Cut nth_of_few(const int32_t* key, int64_t m, int64_t k) {
-  for (int64_t i = 0; i < m; ++i) {
-    int64_t equal, below = count(key, m, key[i], equal);
-    if (below < k && k <= below + equal) return {key[i], k - below};
-  }
-  return {FINITE, 0};
-}
-
-// Where the threshold is expected: it moves little from row to row, once divided by the row's mean score.
-struct Guess {
-  float scaled = 0;     // threshold over mean score of the last row
-  float error = 0.01f;  // running mean of the relative miss
-};
-
-// The k-th smallest (1 <= k <= m) of `m` padded keys. All lie in [low, high) where `inside`. `one` and `two` hold m + 128 keys
-// each; `from` may be `one`. Every step keeps only a bracket that is known to hold the answer, whatever it was guessed from.
-inline Cut nth(const int32_t* from, int64_t m, int64_t k, int32_t low, int32_t high, bool smooth, int32_t* one, int32_t* two) {
-  int64_t size = m;
-  for (int round = 0; size > 64; ++round) {
-    if (high - low == 1) return {low, k};
-    int32_t x, y;
-    double p = (double(k) - 0.5) / double(size);
-    if (round >= 12) {  // values chosen to defeat the samples: halve the range of bits
-      x = low;
-      y = low + (high - low) / 2;
-    } else if (smooth) {
-      double width = double(high) - double(low);
-      double half = 2.0 * std::sqrt(double(size) * p * (1 - p)) + 2.0;
-      double left = std::floor(width * (p - half / double(size)));
-      double right = std::ceil(width * (p + half / double(size)));
-      x = left > 0 ? low + int32_t(left) : low;
-      y = right < width ? low + int32_t(right) : high;
-      if (y <= x) y = x + 1;
-    } else {
-      alignas(64) int32_t sample[BLOCK];
-      for (int64_t i = 0; i < BLOCK; ++i) sample[i] = from[i * size / BLOCK];
-      int64_t middle = int64_t(p * 64) + 1;
-      int64_t reach = int64_t(16.0 * std::sqrt(p * (1 - p))) + 2;
-      int64_t first = middle - reach, last = middle + reach;
-      x = first < 1 ? low : nth_of_few(sample, BLOCK, first).key;
-      y = last > 64 ? high : nth_of_few(sample, BLOCK, last).key + 1;
-    }
-    int32_t* to = from == one ? two : one;
-    int64_t below, found = collect(from, size, x, y, to, below);
-    int64_t before = size;
-    if (k <= below) {
-      high = x;
-      found = collect(from, size, low, high, to, below);
-      smooth = false;
-    } else if (k > below + found) {
-      k -= below + found;
-      low = y;
-      found = collect(from, size, low, high, to, below);
-      smooth = false;
-    } else {
-      k -= below;
-      low = x;
-      high = y;
-    }
-    from = to;
-    size = found;
-    if (size > before / 2) smooth = false;
-  }
-  return nth_of_few(from, size, k);
-}
-
-// Exact whatever the guess is: a bracket that misses only costs time.
-inline Cut select(const int32_t* key, int64_t columns, int64_t k, const Summary& summary, Guess& guess, int32_t* one,
-                  int32_t* two) {
-  if (k <= 0) return {0, 0};
-  if (k >= columns) return {FINITE, 0};
-  if (k <= summary.zeros) return {0, k};
-  if (columns <= 64) return nth_of_few(key, columns, k);
-  float mean = summary.sum / float(columns);
-  float centre = guess.scaled * mean;
-  Cut cut;
-  bool done = false;
-  if (centre > 0 && centre < 1e38f) {
-    float half = 5 * guess.error;
-    if (half > 0.25f) half = 0.25f;
-    int32_t low = int32_t(to_bits(centre * (1 - half))), high = int32_t(to_bits(centre * (1 + half))) + 1;
-    if (low < 1) low = 1;
-    int64_t below, inside = collect(key, columns, low, high, one, below);
-    if (below < k && k <= below + inside) {
-      cut = nth(one, inside, k - below, low, high, inside * 4 < columns, one, two);
-      done = true;
-    }
-  }
-  if (!done) cut = nth(key, columns, k, 0, FINITE, false, one, two);
-  float threshold = from_bits(uint32_t(cut.key));
-  if (centre > 0 && centre < 1e38f) {
-    float miss = std::fabs(threshold / centre - 1);
-    if (!(miss < 0.25f)) miss = 0.25f;
-    guess.error += (miss - guess.error) * 0.125f;
-    if (guess.error < 1e-6f) guess.error = 1e-6f;
-  }
-  guess.scaled = mean > 0 && mean < 1e38f ? threshold / mean : 0;
-  return cut;
-}
-
-// Each op is `scratch` bytes a thread needs, and a body that works through chunks of rows.
 template <class T>
 struct Ops {
   struct Band {
@@ -259,39 +26,76 @@ struct Ops {
 
   static int64_t padded(const Job& job) { return round_up(job.columns, BLOCK) + 2 * BLOCK; }
 
-  static int64_t prune_rows_scratch(const Job& job) { return Band::scratch(job) + 13 * padded(job); }
+  static int64_t select_scratch(const Job& job) { return Band::scratch(job) + 12 * padded(job); }
 
-  static void prune_rows(const void* context, char* memory, Chunks& chunks) {
-    const Job& job = *static_cast<const Job*>(context);
+  struct Selection {
+    const Job& job;
+    Cut* cuts;  // one a row, or null where a mask is wanted
+  };
+
+  // Finds each row's cut: marks the mask's row, or keeps the cut for remove_rows. Counts the rows with a score that is not finite.
+  static void select_rows(const void* context, char* memory, Chunks& chunks) {
+    const Selection& selection = *static_cast<const Selection*>(context);
+    const Job& job = selection.job;
     int64_t columns = job.columns, bytes = (columns + 7) / 8;
     Band band(job, memory);
     int32_t* key = reinterpret_cast<int32_t*>(memory);
     int32_t* one = key + padded(job);
     int32_t* two = one + padded(job);
-    uint8_t* own = reinterpret_cast<uint8_t*>(two + padded(job));
     Guess guess;
     int64_t refused = 0, begin, end;
     while (chunks.next(begin, end)) {
       for (int64_t row = begin; row < end;) {
-        int64_t first = row, last = band.load(row, end);
-        for (; row < last; ++row) {
-          uint8_t* bits = job.mask ? job.mask + row * bytes : own;
-          T* w = band.weight.at(row);
-          const T* r = band.reference.at(row);
-          Summary summary = make_keys<T>(w, r, job.norm, columns, key);
-          if (summary.top >= FINITE) {
-            ++refused;
-            if (job.mask) std::memset(bits, 0, size_t(bytes));
-            continue;
+        for (int64_t last = band.load(row, end); row < last; ++row) {
+          const T* w = band.weight.at(row);
+          float sum = make_keys<T>(w, band.reference.at(row), job.norm, columns, key);
+          Cut cut{0, 0};
+          bool is_refused = count_nonfinite(key, columns, sum) > 0;
+          refused += is_refused;
+          if (!is_refused) cut = select(key, columns, job.a, sum, guess, one, two, w + columns);
+          if (selection.cuts) {
+            selection.cuts[row] = cut;
+          } else if (is_refused) {
+            std::memset(job.mask + row * bytes, 0, size_t(bytes));
+          } else {
+            mark(key, columns, cut, job.invert, job.mask + row * bytes);
           }
-          Cut cut = select(key, columns, job.a, summary, guess, one, two);
-          mark(key, columns, cut.key, cut.quota, job.invert, bits);
-          if (!job.mask) put<T>(w, r, bits, columns);
         }
-        if (!job.mask) band.weight.save(first, last);
       }
     }
     __atomic_fetch_add(static_cast<int64_t*>(job.values), refused, __ATOMIC_RELAXED);
+  }
+
+  static void remove_rows(const void* context, char* memory, Chunks& chunks) {
+    const Selection& selection = *static_cast<const Selection*>(context);
+    const Job& job = selection.job;
+    Band band(job, memory);
+    int32_t* key = reinterpret_cast<int32_t*>(memory);
+    uint8_t* bits = reinterpret_cast<uint8_t*>(key + SPAN + BLOCK);
+    int64_t begin, end;
+    while (chunks.next(begin, end)) {
+      for (int64_t row = begin; row < end;) {
+        int64_t first = row, last = band.load(row, end);
+        for (; row < last; ++row)
+          remove<T>(band.weight.at(row), band.reference.at(row), job.norm, job.columns, selection.cuts[row], job.invert, key, bits);
+        band.weight.save(first, last);
+      }
+    }
+  }
+
+  // In place in two passes, the second only when every score is finite. It reads the weights again, but selecting alone leaves
+  // the memory idle and removing alone leaves the processor idle: together they cost no more than one pass that does both.
+  static bool prune_rows(const Job& job, int64_t unit) {
+    Selection selection{job, nullptr};
+    if (job.mask)
+      return parallel(job.rows, job.columns, unit, job.threads, select_scratch(job), select_rows, &selection);
+    selection.cuts = static_cast<Cut*>(std::malloc(size_t(job.rows) * sizeof(Cut)));
+    bool done = selection.cuts &&
+                parallel(job.rows, job.columns, unit, job.threads, select_scratch(job), select_rows, &selection) &&
+                (*static_cast<int64_t*>(job.values) ||
+                 parallel(job.rows, job.columns, unit, job.threads, span_scratch(job), remove_rows, &selection));
+    std::free(selection.cuts);
+    return done;
   }
 
   static int64_t span_scratch(const Job& job) { return Band::scratch(job) + 9 * (SPAN + 2 * BLOCK); }
@@ -309,9 +113,9 @@ struct Ops {
           // rounding keeps order, so no score of the row exceeds this product: cheaper than the scores themselves
           if (!r && std::isfinite(peak(w, job.columns) * longest)) continue;
           for (int64_t i = 0; i < job.columns; i += SPAN) {
-            int64_t n = smaller(SPAN, job.columns - i), equal;
-            if (make_keys<T>(w + i, r ? r + i : nullptr, job.norm + i, n, key).top >= FINITE)
-              total += n - count(key, n, FINITE, equal);
+            int64_t n = smaller(SPAN, job.columns - i);
+            float sum = make_keys<T>(w + i, r ? r + i : nullptr, job.norm + i, n, key);
+            total += count_nonfinite(key, n, sum);
           }
         }
       }
@@ -360,10 +164,11 @@ struct Ops {
         for (int64_t last = band.load(row, end); row < last; ++row) {
           const T *w = band.weight.at(row), *r = band.reference.at(row);
           for (int64_t i = 0; i < job.columns; i += SPAN) {
-            int64_t n = smaller(SPAN, job.columns - i), equal, below, strange = 0;
-            Summary summary = make_keys<T>(w + i, r ? r + i : nullptr, job.norm + i, n, key);
-            if (summary.top >= FINITE) strange = n - count(key, n, FINITE, equal);
-            int64_t found = collect(key, n, int32_t(low), int32_t(high), inside, below);
+            const T* other = r ? r + i : nullptr;
+            int64_t n = smaller(SPAN, job.columns - i), below, strange = 0;
+            float sum;
+            int64_t found = collect_scores(w + i, other, job.norm + i, n, int32_t(low), int32_t(high), inside, below, sum);
+            if (!std::isfinite(sum)) strange = count_nonfinite(key, n, make_keys<T>(w + i, other, job.norm + i, n, key));
             bins[0] += below;
             bins[job.c + 1] += n - below - found - strange;
             bins[job.c + 2] += strange;
@@ -377,7 +182,7 @@ struct Ops {
       if (bins[i]) __atomic_fetch_add(out + i, bins[i], __ATOMIC_RELAXED);
   }
 
-  // a = key, rowwise = quota
+  // a = key, rowwise = quota, of which columns or more means all ties
   static void cut(const void* context, char* memory, Chunks& chunks) {
     const Job& job = *static_cast<const Job*>(context);
     int64_t bytes = (job.columns + 7) / 8;
@@ -391,13 +196,15 @@ struct Ops {
         for (; row < last; ++row) {
           T* w = band.weight.at(row);
           const T* r = band.reference.at(row);
-          int64_t quota = job.rowwise[row];
+          Cut cut = settled(int32_t(job.a), job.rowwise[row], job.columns);
+          if (!job.mask) {
+            remove<T>(w, r, job.norm, job.columns, cut, job.invert, key, own);
+            continue;
+          }
           for (int64_t i = 0; i < job.columns; i += SPAN) {
             int64_t n = smaller(SPAN, job.columns - i);
-            uint8_t* bits = job.mask ? job.mask + row * bytes + i / 8 : own;
             make_keys<T>(w + i, r ? r + i : nullptr, job.norm + i, n, key);
-            mark(key, n, int32_t(job.a), quota, job.invert, bits);
-            if (!job.mask) put<T>(w + i, r ? r + i : nullptr, bits, n);
+            mark(key, n, cut, job.invert, job.mask + row * bytes + i / 8);
           }
         }
         if (!job.mask) band.weight.save(first, last);
@@ -436,8 +243,8 @@ struct Ops {
           T* w = band.weight.at(row);
           const T* r = band.reference.at(row);
           uint8_t* bits = job.mask ? job.mask + row * bytes : own;
-          Summary summary = make_keys<T>(w, r, job.norm, columns, key);
-          if (m == 4 && summary.top < FINITE) {
+          float sum = make_keys<T>(w, r, job.norm, columns, key);
+          if (m == 4 && count_nonfinite(key, columns, sum) == 0) {
             mark_fours(key, columns / 4, int(n), job.invert, own + padded(job) / 4, bits);
             if (!job.mask) put<T>(w, r, bits, columns);
             continue;
@@ -635,7 +442,7 @@ inline bool run_typed(int op, const Job& job) {
   int64_t unit = job.weight_column == 1 ? 1 : Rows<T>::together(job.columns);
   switch (op) {
     case PRUNE_ROWS:
-      return parallel(job.rows, job.columns, unit, job.threads, O::prune_rows_scratch(job), O::prune_rows, &job);
+      return O::prune_rows(job, unit);
     case PRUNE_GROUPS:
       return parallel(job.rows, job.columns, unit, job.threads, O::groups_scratch(job), O::prune_groups, &job);
     case NONFINITE:

@@ -1,0 +1,135 @@
+// The threshold of a row: an exact selection among its keys, quick where the rows before it tell what to expect. Included like keys.h.
+
+// Ties that all go, or all stay, are settled by the key alone: no quota is left.
+INLINE Cut settled(int32_t key, int64_t quota, int64_t ties) {
+  return quota == ties ? Cut{key + 1, 0} : Cut{key, quota};
+}
+
+// The k-th smallest of `m` <= 64 keys, padded to 64.
+inline Cut nth_of_few(const int32_t* key, int64_t m, int64_t k, int32_t& value) {
+  uint64_t left = m == BLOCK ? ~uint64_t{0} : (uint64_t{1} << m) - 1;
+  while (true) {
+    value = key[__builtin_ctzll(left)];
+    uint64_t below, equal;
+    compare64(key, value, below, equal);
+    int64_t before = __builtin_popcountll(below), ties = __builtin_popcountll(equal);
+    if (k <= before) {
+      left &= below;
+    } else if (k > before + ties) {
+      left &= ~(below | equal);
+    } else {
+      return settled(value, k - before, ties);
+    }
+  }
+}
+
+// Where the threshold is expected: it moves little from row to row, once divided by the row's mean score.
+struct Guess {
+  float scaled = 0;     // running mean of threshold over mean score
+  float error = 0.01f;  // running mean of the relative miss
+};
+
+// The k-th smallest (1 <= k <= m) of `m` padded keys. All lie in [low, high) where `inside`. `one` and `two` hold m + 128 keys
+// each; `from` may be `one`. `value` becomes the key itself. Every step keeps only a bracket that is known to hold the answer,
+// whatever it was guessed from.
+inline Cut nth(const int32_t* from, int64_t m, int64_t k, int32_t low, int32_t high, bool smooth, int32_t* one, int32_t* two,
+               int32_t& value) {
+  int64_t size = m;
+  for (int round = 0; size > 64; ++round) {
+    if (high - low == 1) {
+      value = low;
+      return settled(low, k, size);
+    }
+    int32_t x, y;
+    double p = (double(k) - 0.5) / double(size);
+    if (round >= 12) {  // values chosen to defeat the samples: halve the range of bits
+      x = low;
+      y = low + (high - low) / 2;
+    } else if (smooth) {
+      double width = double(high) - double(low);
+      double half = 2.0 * std::sqrt(double(size) * p * (1 - p)) + 2.0;
+      double left = std::floor(width * (p - half / double(size)));
+      double right = std::ceil(width * (p + half / double(size)));
+      x = left > 0 ? low + int32_t(left) : low;
+      y = right < width ? low + int32_t(right) : high;
+      if (y <= x) y = x + 1;
+    } else {
+      alignas(64) int32_t sample[BLOCK];
+      for (int64_t i = 0; i < BLOCK; ++i) sample[i] = from[i * size / BLOCK];
+      int64_t middle = int64_t(p * 64) + 1;
+      int64_t reach = int64_t(16.0 * std::sqrt(p * (1 - p))) + 2;
+      int64_t first = middle - reach, last = middle + reach;
+      x = low;
+      y = high;
+      if (first >= 1) nth_of_few(sample, BLOCK, first, x);
+      if (last <= 64) {
+        nth_of_few(sample, BLOCK, last, y);
+        ++y;
+      }
+    }
+    int32_t* to = from == one ? two : one;
+    int64_t below, found = collect(from, size, x, y, to, below);
+    int64_t before = size;
+    if (k <= below) {
+      high = x;
+      found = collect(from, size, low, high, to, below);
+      smooth = false;
+    } else if (k > below + found) {
+      k -= below + found;
+      low = y;
+      found = collect(from, size, low, high, to, below);
+      smooth = false;
+    } else {
+      k -= below;
+      low = x;
+      high = y;
+    }
+    from = to;
+    size = found;
+    if (size > before / 2) smooth = false;
+  }
+  return nth_of_few(from, size, k, value);
+}
+
+// The cut below which the k lowest of `columns` keys lie, whose scores add up to `sum`. Exact whatever the guess is: a bracket that
+// misses only costs time. `ahead` is where the next row begins.
+template <class T>
+inline Cut select(const int32_t* key, int64_t columns, int64_t k, float sum, Guess& guess, int32_t* one, int32_t* two,
+                  const T* ahead) {
+  if (k <= 0) return {0, 0};
+  if (k >= columns) return {FINITE, 0};
+  int32_t value;
+  if (columns <= BLOCK) return nth_of_few(key, columns, k, value);
+  float mean = sum / float(columns);
+  float centre = guess.scaled * mean;
+  bool guessed = centre > 0 && centre < 1e38f, found = false;
+  Cut cut;
+  if (guessed) {
+    float half = 5 * guess.error;
+    if (half > 0.25f) half = 0.25f;
+    int32_t low = int32_t(to_bits(centre * (1 - half))), high = int32_t(to_bits(centre * (1 + half))) + 1;
+    if (low < 1) low = 1;
+    int64_t below, inside = collect(key, columns, low, high, one, below, ahead);
+    found = below < k && k <= below + inside;
+    if (found) cut = nth(one, inside, k - below, low, high, inside * 4 < columns, one, two, value);
+  }
+  if (!found) {
+    // a row that is mostly zeros already is common, and its threshold is 0 then
+    int64_t equal, zeros = count(key, columns, 1, equal);
+    if (k <= zeros) {
+      guess.scaled = 0;
+      return settled(0, k, zeros);
+    }
+    cut = nth(key, columns, k, 0, FINITE, false, one, two, value);
+  }
+  float threshold = from_bits(uint32_t(value));
+  if (guessed) {
+    float miss = std::fabs(threshold / centre - 1);
+    if (!(miss < 0.25f)) miss = 0.25f;
+    guess.error += (miss - guess.error) * 0.125f;
+    if (guess.error < 1e-6f) guess.error = 1e-6f;
+  }
+  float scaled = mean > 0 && mean < 1e38f ? threshold / mean : 0;
+  guess.scaled += (scaled - guess.scaled) * (found ? 0.25f : 1.0f);
+  return cut;
+}

@@ -167,7 +167,7 @@ def idle(monkeypatch):
     def work(*_, **__):
         raise AssertionError("work was done")
 
-    monkeypatch.setattr("hftcore.bindings.commands.load_model", work)
+    monkeypatch.setattr("hftcore.bindings.jobs.load_model", work)
 
 
 def test_what_cannot_end_well_is_refused_before_a_model_is_loaded(world, tmp_path, idle):

@@ -52,7 +52,8 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Measure the input energies of a model's layers."""
-    from hftcore.bindings.commands import Job, run_calibrate
+    from hftcore.bindings.commands import run_calibrate
+    from hftcore.bindings.jobs import Job
 
     job = Job(
         model,
@@ -109,7 +110,8 @@ def wanda(
     as_json: AsJson = False,
 ) -> None:
     """Prune a model by Wanda's score, weight times input norm."""
-    from hftcore.bindings.commands import Job, run_wanda
+    from hftcore.bindings.commands import run_wanda
+    from hftcore.bindings.jobs import Job
 
     pattern = _pattern(sparsity, sparsity_type, scope, remove, block)
     job = Job(
@@ -185,7 +187,8 @@ def antidote(
     """Remove the weights that matter for harmful data.
 
     Antidote: of each row of the fine-tuned weights, the highest scores on the harmful texts go."""
-    from hftcore.bindings.commands import Job, run_antidote
+    from hftcore.bindings.commands import run_antidote
+    from hftcore.bindings.jobs import Job
 
     job = Job(
         model,

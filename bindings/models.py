@@ -17,7 +17,7 @@ from hftcore.layers import Layer
 IMPLEMENTATION = "hftcore"
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
-Observe = Callable[[Layer, int, Tensor, Tensor], None]
+Observe = Callable[[Layer, int, Tensor, Tensor, Tensor], Tensor]
 
 
 def linear_like(module: nn.Module) -> tuple[str, bool] | None:
@@ -53,7 +53,7 @@ def body(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def capture_experts(layers: Sequence[Layer], observe: Observe) -> Iterator[None]:
-    """Run the experts of `layers` one by one and show the inputs of both projections to `observe`; undone on exit."""
+    """Run the experts of `layers` one by one and show both projections to `observe`, see `hftcore.layers`; undone on exit."""
     wanted = {(layer.module, layer.parameter): layer for layer in layers}
     configs: dict[int, Any] = {id(layer.module.config): layer.module.config for layer in layers}
     before = {key: config._experts_implementation for key, config in configs.items()}
@@ -95,13 +95,9 @@ def _experts_forward(
         tokens = order[start : start + count] // top_k
         start += count
         x = hidden_states[tokens]
-        if layer := wanted.get((experts, up_name)):
-            observe(layer, expert, x, tokens)
-        x = _project(experts, up_name, expert, x)
+        x = _project(experts, up_name, expert, x, tokens, wanted, observe)
         x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
-        if layer := wanted.get((experts, "down_proj")):
-            observe(layer, expert, x, tokens)
-        x = _project(experts, "down_proj", expert, x)
+        x = _project(experts, "down_proj", expert, x, tokens, wanted, observe)
         served.append(experts.post_expert_norm(x) if getattr(experts, "has_post_expert_norm", False) else x)
     if not served:
         return torch.zeros_like(hidden_states)
@@ -112,7 +108,17 @@ def _experts_forward(
     return spread.view(-1, top_k, output.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
-def _project(experts: Any, parameter: str, expert: int, x: Tensor) -> Tensor:
+def _project(
+    experts: Any,
+    parameter: str,
+    expert: int,
+    x: Tensor,
+    tokens: Tensor,
+    wanted: dict[tuple[nn.Module, str], Layer],
+    observe: Observe,
+) -> Tensor:
     weight = getattr(experts, parameter)[expert]
     bias = getattr(experts, f"{parameter}_bias")[expert] if experts.has_bias else None
-    return linear(x.to(weight.dtype), weight.t() if experts.is_transposed else weight, bias)
+    output = linear(x.to(weight.dtype), weight.t() if experts.is_transposed else weight, bias)
+    layer = wanted.get((experts, parameter))
+    return output if layer is None else observe(layer, expert, x, tokens, output)

@@ -172,15 +172,16 @@ class Meter:
             have = self.seen.get(name)
             self.seen[name] = value if have is None else have + value
 
-    def _observe_expert(self, layer: Layer, expert: int, x: Tensor, tokens: Tensor) -> None:
+    def _observe_expert(self, layer: Layer, expert: int, x: Tensor, tokens: Tensor, output: Tensor) -> Tensor:
         if not self._is_inside(layer.name):
-            return
+            return output
         if layer.name not in self.seen:
             self.seen[layer.name] = _zeros(layer)
             self.routed[layer.name] = torch.zeros_like(self.energy.expert_tokens[layer.name])
         keep = None if self.mask is None else self.mask.to(x.device).reshape(-1)[tokens]
         self.seen[layer.name][expert] += ops.column_energy(x.detach(), keep)
         self.routed[layer.name][expert] += x.shape[0] if keep is None else keep.sum()
+        return output
 
     def _is_inside(self, name: str) -> bool:
         # a backward pass runs layers again only for gradient checkpointing, and they were counted the first time

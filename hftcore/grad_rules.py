@@ -4,7 +4,6 @@ A rule tells, of one call of its module, the pair (x, g) that makes up the gradi
 on the kind (inputs, token ids, normalised inputs). Classes of other libraries are known by name and by what they compute.
 """
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hftcore.errors import HftcoreError
+from hftcore.kernels.products import accumulator, widened
 
 
 @dataclass(eq=False)
@@ -35,7 +35,7 @@ class Rule:
 
     def vectors(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         """Each sample's gradient of the parameters that are vectors: attribute -> [B, M], from x and g of [B, T, features]."""
-        return {"bias": g.sum(dim=1, dtype=_wide(g))} if "bias" in self.parameters else {}
+        return {"bias": g.sum(dim=1, dtype=accumulator(g.dtype))} if "bias" in self.parameters else {}
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """The gradient of the matrix, summed over samples and tokens."""
@@ -43,6 +43,16 @@ class Rule:
 
     def parameter(self, own: str) -> nn.Parameter:
         return cast(nn.Parameter, self.module._parameters[own])
+
+    def key(self, own: str) -> str:
+        """What tells apart the matrices whose norms are taken separately."""
+        return self.parameters[own]
+
+    def add_gradient(self, own: str, value: Tensor) -> None:
+        """Add to `param.grad`."""
+        parameter = self.parameter(own)
+        value = value.to(parameter.dtype)
+        parameter.grad = value if parameter.grad is None else parameter.grad.add_(value)
 
 
 class LinearRule(Rule):
@@ -57,6 +67,10 @@ class LinearRule(Rule):
 
 class Conv1DRule(LinearRule):
     transposed = True
+
+
+class RouterRule(LinearRule):
+    """A linear layer inside a module that does more with its result, as the routers of experts do."""
 
 
 class EmbeddingRule(Rule):
@@ -78,7 +92,7 @@ class EmbeddingRule(Rule):
         return (probe[..., 0] / probe[..., 1]).round().long(), factor
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        total = torch.zeros(self.parameter("weight").shape, dtype=_wide(g), device=g.device)
+        total = torch.zeros(self.parameter("weight").shape, dtype=accumulator(g.dtype), device=g.device)
         total.index_add_(0, x.flatten(), g.flatten(0, 1).to(total.dtype))
         if self.padding_idx is not None:
             total[self.padding_idx] = 0
@@ -92,87 +106,23 @@ class NormRule(Rule):
     mean = False
 
     def normalised(self, x: Tensor) -> Tensor:
-        x = x.to(_wide(x))
-        if self.mean:
-            x = x - x.mean(dim=-1, keepdim=True)
-        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
+        x = self._centred(x)
+        return x * self._scale(x)
 
     def vectors(self, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         found = super().vectors(x, g)
         if "weight" in self.parameters:
-            found["weight"] = (self.normalised(x) * g).sum(dim=1)
+            x = self._centred(x)
+            found["weight"] = (self._scale(x).mT @ (x * g)).squeeze(1)
         return found
 
+    def _centred(self, x: Tensor) -> Tensor:
+        x = widened(x)
+        return x - x.mean(dim=-1, keepdim=True) if self.mean else x
 
-def find_rules(model: nn.Module) -> list[Rule]:
-    """The rule of every module that has parameters to train.
-
-    Raises:
-        HftcoreError: a trained parameter belongs to a module of no known kind; nothing is trained.
-    """
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    rules = []
-    for name, module in model.named_modules():
-        trained = {own: names[p] for own, p in module._parameters.items() if p is not None and p.requires_grad}
-        if not trained:
-            continue
-        rule = _rule(name, module)
-        if rule is None or not set(trained) <= {"weight", "bias"}:
-            raise HftcoreError(
-                f"per-sample gradients of parameter {next(iter(trained.values()))!r} are not known: its module {name!r} is a "
-                f"{type(module).__name__}; freeze it (requires_grad_(False))"
-            )
-        rule.parameters = trained
-        rules.append(rule)
-    if not rules:
-        raise HftcoreError(
-            "model has no parameter that requires a gradient, so there are no gradients to take norms of"
-        )
-    return rules
-
-
-def _rule(name: str, module: nn.Module) -> Rule | None:
-    forward = type(module).forward
-    if forward is nn.Linear.forward:
-        return LinearRule(name, module)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return Conv1DRule(name, module)
-    if isinstance(module, nn.Embedding):
-        unlike = [option for option in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(module, option)]
-        if unlike:
-            raise HftcoreError(f"per-sample gradients of embedding {name!r} are not known with {unlike[0]}; freeze it")
-        return EmbeddingRule(name, module)
-    if type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
-        return _norm_rule(name, module)
-    return None
-
-
-def _norm_rule(name: str, module: nn.Module) -> NormRule | None:
-    """The rule whose result is the module's own on random input and with a random weight, or None."""
-    weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 1:
-        return None
-    eps = next((getattr(module, key) for key in ("eps", "variance_epsilon", "epsilon") if hasattr(module, key)), None)
-    generator = torch.Generator().manual_seed(0)
-    draw = torch.randn(7, len(weight), generator=generator).to(weight.device, weight.dtype)
-    x, probe = draw[:6].unflatten(0, (2, 3)), draw[6]
-    bias = getattr(module, "bias", None)
-    close = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 0.05
-    try:
-        inspect.signature(type(module).forward).bind(module, x)
-    except TypeError:
-        return None
-    with torch.no_grad():
-        want = with_weight(module, probe, x)
-        for mean in (False, True):
-            rule = NormRule(name, module, matrix=None)
-            rule.mean = mean
-            rule.eps = torch.finfo(x.dtype).eps if eps is None else float(eps)
-            for factor in (probe, 1 + probe):
-                have = rule.normalised(x) * factor + (0 if bias is None else bias)
-                if isinstance(want, Tensor) and torch.allclose(want.to(have.dtype), have, rtol=close, atol=close):
-                    return rule
-    return None
+    def _scale(self, x: Tensor) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        return square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
 
 
 def with_weight(module: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -183,7 +133,3 @@ def with_weight(module: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) ->
         return type(module).forward(module, *args, **kwargs)
     finally:
         module._parameters["weight"] = kept
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -8,8 +8,8 @@ imported when a class of that library is met in the model. An adapter has four f
   `transposed` None says that their layout is not known, and such layers are refused;
 - `body(model) -> module`: the part to run when no loss and no logits are wanted (the model itself if there is no such
   part);
-- `capture_experts(layers, observe)`: a context manager that calls `observe(layer, expert, x [t, N], tokens [t])` for
-  the inputs of each expert, `tokens` being row numbers of the flattened batch.
+- `capture_experts(layers, observe)`: a context manager that calls `observe(layer, expert, x [t, N], tokens [t], output [t, M])` for
+  each product of an expert and goes on with what it returns, `tokens` being row numbers of the flattened batch.
 """
 
 import importlib

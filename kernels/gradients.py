@@ -6,6 +6,9 @@ r"""Per-sample squared gradient norms of matrices that multiply, or look up, tok
 for x [T, N] the inputs of one sample and g [T, M] the gradients of its outputs. Both forms are walked in blocks, so that neither a
 T x T nor an M x N matrix of every sample exists; products and sums are float32 whatever the dtype (float64 stays float64).
 
+Where the gradient itself is wanted too, each sample's g^T x is its share of it, so the direct form costs one square-sum and one
+addition of a block that lies in the cache.
+
 The meanings come first; the implementations in plain PyTorch, for any device, follow.
 """
 
@@ -14,8 +17,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hftcore.kernels.products import accumulator, fast_products, widened
+
 BLOCK = 1 << 20  # elements of a temporary
-TOKENS = 128  # of a block of the ghost form: smaller ones gain more from symmetry, and products of this size run at full speed
+PANEL = 64  # tokens of a panel of the ghost form: smaller ones gain more from symmetry, and products of this size run at full speed
+TILE = 1 << 18  # elements of g^T x made at a time: 1 MiB of float32, a level-2 cache
+SQUARE = 20  # operations of a product in the time in which an element of a tile is squared and added
+SHARE = 20  # the same for adding it to the gradient
 
 
 def reference_grad_norms_sq(x: Tensor, g: Tensor) -> Tensor:
@@ -32,8 +40,17 @@ def reference_embedding_grad_norms_sq(ids: Tensor, g: Tensor, padding_idx: int |
 
 
 def is_ghost(T: int, M: int, N: int, has_gram: bool = False) -> bool:
-    """Whether the ghost form takes fewer operations than the direct one; with the Gram matrix of x at hand only g g^T is left."""
-    return T < 2 * N if has_gram else T * (M + N) < 2 * M * N
+    """Whether the ghost form costs less than the direct one; with the Gram matrix of x at hand only g g^T is left."""
+    return _ghost_cost(T, M, 0 if has_gram else N) < (2 * T + SQUARE) * M * N
+
+
+def is_direct_with_gradient(T: int, M: int, N: int, has_gram: bool = False) -> bool:
+    """Whether `direct_with_gradient` costs less than the ghost form beside an ordinary product."""
+    return _ghost_cost(T, M, 0 if has_gram else N) > (SQUARE + SHARE) * M * N
+
+
+def _ghost_cost(T: int, M: int, N: int) -> int:
+    return T * (T + min(T, PANEL)) * (M + N)
 
 
 def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
@@ -43,41 +60,63 @@ def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
 
 
 def ghost(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
+    """`gram` is `lower_gram(x)`, or anything that agrees with it below the diagonal."""
     total = _zeros(x)
-    for these, rows, columns, times in _tiles(x):
-        a = _wide(x[these, rows]) @ _wide(x[these, columns]).mT if gram is None else gram[these, rows, columns]
-        c = _wide(g[these, rows]) @ _wide(g[these, columns]).mT
-        total[these] += times * c.mul_(a).sum(dim=(1, 2))
+    with fast_products(torch.promote_types(x.dtype, g.dtype), x.device):
+        for these, rows, columns in _panels(x):
+            a = _products(x, these, rows, columns) if gram is None else gram[these, rows, columns]
+            c = _products(g, these, rows, columns).mul_(a)
+            # what lies left of the diagonal block stands for its mirror image too
+            total[these] += 2 * c[:, :, : rows.start].sum(dim=(1, 2)) + c[:, :, rows.start :].sum(dim=(1, 2))
     # rounding can leave a tiny negative number where terms cancel; a NaN stays one
     return total.clamp_(min=0).float()
 
 
-def direct(x: Tensor, g: Tensor) -> Tensor:
-    total = _zeros(x)
-    for these, wide, columns in _bands(x, g):
-        total[these] += (_wide(g[these, :, columns]).mT @ wide).square_().sum(dim=(1, 2))
-    return total.float()
-
-
-def direct_with_gradient(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The squared norms and the sum over samples of g^T x, [M, N]: each product serves both."""
-    total = _zeros(x)
-    gradient = torch.zeros(g.shape[2], x.shape[2], dtype=total.dtype, device=x.device)
-    for these, wide, columns in _bands(x, g):
-        product = _wide(g[these, :, columns]).mT @ wide
-        gradient[columns] += product.sum(dim=0)
-        total[these] += product.square_().sum(dim=(1, 2))
-    return total.float(), gradient
+def lower_gram(x: Tensor) -> Tensor:
+    """x x^T of every sample, [B, T, T]: what `ghost` reads of it, the entries up to the diagonal; others may be zero."""
+    gram = torch.zeros(x.shape[0], x.shape[1], x.shape[1], dtype=_zeros(x).dtype, device=x.device)
+    with fast_products(x.dtype, x.device):
+        for these, rows, columns in _panels(x):
+            gram[these, rows, columns] = _products(x, these, rows, columns)
+    return gram
 
 
 def input_gram(x: Tensor) -> Tensor:
     """x x^T of every sample, [B, T, T]."""
-    gram = torch.empty(x.shape[0], x.shape[1], x.shape[1], dtype=_zeros(x).dtype, device=x.device)
-    for these, rows, columns, _ in _tiles(x):
-        product = _wide(x[these, rows]) @ _wide(x[these, columns]).mT
-        gram[these, rows, columns] = product
-        gram[these, columns, rows] = product.mT
-    return gram
+    gram = lower_gram(x)
+    return gram.tril() + gram.tril(-1).mT
+
+
+def direct(x: Tensor, g: Tensor) -> Tensor:
+    return _direct(x, g, None)
+
+
+def direct_with_gradient(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared norms and the sum over samples of g^T x, [M, N]: each product serves both."""
+    gradient = torch.zeros(g.shape[2], x.shape[2], dtype=_zeros(x).dtype, device=x.device)
+    return _direct(x, g, gradient), gradient
+
+
+def _direct(x: Tensor, g: Tensor, gradient: Tensor | None) -> Tensor:
+    B, M, N = x.shape[0], g.shape[2], x.shape[2]
+    with fast_products(torch.promote_types(x.dtype, g.dtype), x.device):
+        if B * M * N <= TILE:
+            products = widened(g).mT @ widened(x)
+            if gradient is not None:
+                torch.sum(products, dim=0, out=gradient)
+            return products.square_().sum(dim=(1, 2)).float()
+        total = _zeros(x)
+        height = max(1, TILE // N)
+        buffer = torch.empty(min(height, M), N, dtype=total.dtype, device=x.device)
+        for start in range(0, M, height):
+            rows = slice(start, min(start + height, M))
+            tile = buffer[: rows.stop - start]
+            for sample in range(B):
+                torch.mm(widened(g[sample, :, rows]).t(), widened(x[sample]), out=tile)
+                if gradient is not None:
+                    gradient[rows] += tile
+                total[sample] += torch.dot(tile.view(-1), tile.view(-1))
+    return total.float()
 
 
 def embedding_grad_norms_sq(ids: Tensor, g: Tensor, padding_idx: int | None) -> Tensor:
@@ -90,11 +129,12 @@ def embedding_grad_norms_sq(ids: Tensor, g: Tensor, padding_idx: int | None) -> 
         if padding_idx is not None:
             wide = wide.masked_fill((tokens == padding_idx).unsqueeze(-1), 0)
         # one group for each pair of a sample and a token id
-        sample = torch.arange(tokens.shape[0], device=ids.device).unsqueeze(1).expand_as(tokens)
-        pairs, group = torch.stack((sample, tokens), -1).flatten(0, 1).unique(dim=0, return_inverse=True)
+        vocabulary = 1 + tokens.amax() if tokens.numel() else 1
+        pair = tokens + vocabulary * torch.arange(tokens.shape[0], device=ids.device).unsqueeze(1)
+        pairs, group = pair.flatten().unique(return_inverse=True)
         sums = torch.zeros(pairs.shape[0], g.shape[2], dtype=torch.float64, device=g.device)
         sums.index_add_(0, group, wide.flatten(0, 1))
-        total[these].index_add_(0, pairs[:, 0], sums.square_().sum(dim=1).to(total.dtype))
+        total[these].index_add_(0, pairs // vocabulary, sums.square_().sum(dim=1).to(total.dtype))
     return total.float()
 
 
@@ -108,41 +148,27 @@ def tied_cross(x: Tensor, g_at_ids: Tensor, g_embedding: Tensor) -> Tensor:
     step = max(1, BLOCK // max(1, g_at_ids.shape[0] * g_at_ids.shape[2]))
     for start in range(0, x.shape[1], step):
         rows = slice(start, start + step)
-        product = _wide(x[:, rows]) @ _wide(g_embedding).mT
+        product = widened(x[:, rows]) @ widened(g_embedding).mT
         total += product.mul_(g_at_ids[:, rows]).sum(dim=(1, 2))
     return total.float()
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    return torch.zeros(x.shape[0], dtype=accumulator(x.dtype), device=x.device)
 
 
 def _samples(each: int) -> int:
     return max(1, BLOCK // max(1, each))
 
 
-def _tiles(x: Tensor) -> Iterator[tuple[slice, slice, slice, float]]:
-    """(samples, rows, columns, multiplicity) that cover the lower triangle of the T x T products."""
+def _panels(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """(samples, rows, columns) that cover the T x T products up to the diagonal; a panel ends with its diagonal block."""
     T = x.shape[1]
-    step = _samples(min(T, TOKENS) ** 2)
+    step = _samples(min(T, PANEL) * T)
     for first in range(0, x.shape[0], step):
-        for row in range(0, T, TOKENS):
-            for column in range(0, row + 1, TOKENS):
-                rows, columns = slice(row, row + TOKENS), slice(column, column + TOKENS)
-                yield slice(first, first + step), rows, columns, 1.0 if row == column else 2.0
+        for row in range(0, T, PANEL):
+            yield slice(first, first + step), slice(row, row + PANEL), slice(0, row + PANEL)
 
 
-def _bands(x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor, slice]]:
-    """(samples, their inputs, columns of g): at most `BLOCK` elements of g^T x at a time, and of the copy of x."""
-    B, T, N = x.shape
-    step = _samples(max(T, 64) * N)
-    for first in range(0, B, step):
-        these = slice(first, first + step)
-        wide = _wide(x[these])
-        width = max(1, BLOCK // max(1, wide.shape[0] * N))
-        for column in range(0, g.shape[2], width):
-            yield these, wide, slice(column, column + width)
+def _products(x: Tensor, these: slice, rows: slice, columns: slice) -> Tensor:
+    return widened(x[these, rows]) @ widened(x[these, columns]).mT

@@ -11,11 +11,11 @@ Contract: `rows` [S, D] and `head` [V, D] of one dtype (float32, bfloat16, float
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from hftcore.kernels.products import accumulator, add_product, fast_products, multiply
 
 TOKENS = 512  # rows of a tile
 # elements of a tile and of the widened head beside it: 1 MiB of float32, a level-2 cache
@@ -37,41 +37,6 @@ def reference_logprobs(
     """[S] float64; differentiable."""
     every = reference_logits(rows, head, bias, soft_cap).log_softmax(dim=-1)
     return every.gather(1, target[:, None])[:, 0]
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@contextmanager
-def _fast_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Let oneDNN multiply float32 copies of bfloat16 values on its bfloat16 units: the products and the float32 sums are the same."""
-    if dtype != torch.bfloat16 or device.type != "cpu":
-        yield
-        return
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b; factors narrower than `out` are taken as they are, which only tensor cores can."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    else:
-        out += torch.mm(a, b, out_dtype=out.dtype)
 
 
 class _Tiles:
@@ -103,7 +68,7 @@ class _Tiles:
         """[block, columns], valid until the next call."""
         tokens, columns = block.stop - block.start, head.shape[0]
         tile = self.buffer[: tokens * columns].view(tokens, columns)
-        _multiply(self.rows[block], head.T, tile)
+        multiply(self.rows[block], head.T, tile)
         if bias is not None:
             tile += bias
         if self.soft_cap is not None:
@@ -127,7 +92,7 @@ def token_logprobs(
     peak = torch.full((rows.shape[0], 1), lowest, dtype=tiles.dtype, device=rows.device)
     total = torch.zeros_like(peak, dtype=torch.float64)
     chosen = torch.zeros_like(peak)
-    with _fast_products(rows.dtype, rows.device):
+    with fast_products(rows.dtype, rows.device):
         for start, head_band, bias_band in tiles.bands():
             for block in tiles.blocks():
                 tile = tiles.logits(block, head_band, bias_band)
@@ -163,7 +128,7 @@ def token_gradients(
     d_rows = torch.zeros(rows.shape, dtype=tiles.dtype, device=rows.device) if to_rows else None
     d_head = torch.zeros_like(head) if to_head else None
     d_bias = torch.zeros_like(bias) if to_bias and bias is not None else None
-    with _fast_products(rows.dtype, rows.device):
+    with fast_products(rows.dtype, rows.device):
         for start, head_band, bias_band in tiles.bands():
             part = slice(start, start + head_band.shape[0])
             head_sum = torch.zeros(head_band.shape, dtype=tiles.dtype, device=rows.device) if to_head else None
@@ -180,9 +145,9 @@ def token_gradients(
                     tile *= slope
                 factor = tile.to(tiles.factor)
                 if d_rows is not None:
-                    _add_product(d_rows[block], factor, head_band)
+                    add_product(d_rows[block], factor, head_band)
                 if head_sum is not None:
-                    _add_product(head_sum, factor.T, tiles.rows[block])
+                    add_product(head_sum, factor.T, tiles.rows[block])
                 if bias_sum is not None:
                     bias_sum += tile.sum(dim=0)
             if d_head is not None and head_sum is not None:

@@ -52,12 +52,16 @@ def test_meaning_of_an_embedding_by_hand():
     assert embedding_grad_norms_sq(ids, g, padding_idx=7).tolist() == [9.0]
 
 
-def test_form_with_fewer_operations_is_chosen():
-    assert gradients.is_ghost(4095, 4096, 4096)
-    assert not gradients.is_ghost(4096, 4096, 4096)
+def test_form_that_costs_less_is_chosen():
+    """Square matrices cross where (T + a panel) 2 N = (2 T + a square-sum) N; factors of rank 8 are direct from few tokens on."""
+    crossing = 4096 - gradients.PANEL + gradients.SQUARE // 2
+    assert gradients.is_ghost(crossing - 1, 4096, 4096)
+    assert not gradients.is_ghost(crossing + 100, 4096, 4096)
     assert not gradients.is_ghost(128, 4096, 8)
-    assert gradients.is_ghost(2047, 4096, 1024, has_gram=True)
+    assert gradients.is_ghost(1900, 4096, 1024, has_gram=True)
     assert not gradients.is_ghost(2048, 4096, 1024, has_gram=True)
+    assert gradients.is_direct_with_gradient(128, 512, 512)
+    assert not gradients.is_direct_with_gradient(16, 512, 512)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,7 +81,8 @@ def test_every_form_matches_the_reference(shape, dtype):
 @pytest.mark.parametrize("form", ["ghost", "direct", "grad_norms_sq"])
 def test_small_blocks_change_nothing(form, monkeypatch):
     monkeypatch.setattr(gradients, "BLOCK", 50)
-    monkeypatch.setattr(gradients, "TOKENS", 4)
+    monkeypatch.setattr(gradients, "PANEL", 4)
+    monkeypatch.setattr(gradients, "TILE", 15)
     x, g = pair(3, 11, 7, 9)
     assert_right(getattr(gradients, form)(x, g), x, g)
     assert_right(gradients.direct_with_gradient(x, g)[0], x, g)

@@ -295,7 +295,7 @@ def test_the_precision_setting_of_the_process_is_put_back(monkeypatch):
 
     sequence_logprobs(hidden, head, labels)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
-    monkeypatch.setattr(likelihood, "_multiply", fail)
+    monkeypatch.setattr(likelihood, "multiply", fail)
     with pytest.raises(RuntimeError, match="no more memory"):
         sequence_logprobs(hidden, head, labels)
     assert torch.backends.mkldnn.matmul.fp32_precision == before

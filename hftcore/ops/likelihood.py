@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from hftcore.backend import backend_for
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels import likelihood as eager
+from hftcore.kernels.products import accumulator
 
 IGNORED = -100
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -132,7 +133,7 @@ class _SequenceLogprobs(torch.autograd.Function):
         # summed as rows of a matrix: in one order, which index_add does not promise on a GPU
         every = torch.zeros(labelled.shape, dtype=torch.float64, device=hidden.device)
         every[samples, positions] = logprobs
-        return every.sum(dim=1).to(eager.accumulator(hidden.dtype))
+        return every.sum(dim=1).to(accumulator(hidden.dtype))
 
     @staticmethod
     @once_differentiable

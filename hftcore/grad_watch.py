@@ -1,0 +1,262 @@
+"""Hooks that show a ledger the input and the output gradient of every call of a model's trained modules."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hftcore.errors import HftcoreError
+from hftcore.grad_experts import ExpertsRule, Pool, by_sample
+from hftcore.grad_find import find_rules
+from hftcore.grad_ledger import Ledger
+from hftcore.grad_loss import SampleLoss
+from hftcore.grad_rules import EmbeddingRule, RouterRule, Rule
+from hftcore.layers import Layer, adapters, body
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module, or of one expert; `tokens` are the rows of the flattened batch that the expert saw."""
+
+    rule: Rule
+    tokens: Tensor | None = None
+    pool: Pool | None = None
+
+
+class Watch:
+    """Lets a model run as ever, its weights' gradients formed by the ledger along with the norms (or, for norms only, not at all)."""
+
+    def __init__(self, model: nn.Module, loss: SampleLoss, ledger: Ledger):
+        self.model = model
+        self.rules = find_rules(model)
+        self.loss = loss
+        self.ledger = ledger
+        self.touched: set[str] = set()
+        self.is_open = False
+        self._depth = 0
+        self._is_evaluation = False
+        self._pools: dict[Layer, Pool] = {}
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "is_open", False)
+            self.is_open = True
+            for root in {self.model, body(self.model)}:
+                stack.callback(root.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True).remove)
+                stack.callback(root.register_forward_hook(self._leave, always_call=True).remove)
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    stack.callback(parameter.register_hook(partial(self._touch, name)).remove)
+            for rule in self.rules:
+                hidden = self._hidden(rule)
+                stack.callback(_set_requires_grad, hidden, True)
+                hide = lambda module, args, hidden=hidden: _set_requires_grad(hidden, False)  # noqa: E731
+                stack.callback(rule.module.register_forward_pre_hook(hide).remove)
+                if isinstance(rule, RouterRule):
+                    stack.enter_context(self._inside(rule, hidden))
+                see = partial(self._see, rule, hidden)
+                stack.callback(rule.module.register_forward_hook(see, with_kwargs=True, always_call=True).remove)
+            experts = {rule.layer: rule for rule in self.rules if isinstance(rule, ExpertsRule)}
+            for adapter in adapters(self.model) if experts else ():
+                stack.enter_context(adapter.capture_experts(list(experts), partial(self._see_expert, experts)))
+            yield
+
+    def _hidden(self, rule: Rule) -> list[nn.Parameter]:
+        """The parameters that the module itself must compute no gradient of."""
+        # a lookup's gradient is one pass over the rows for autograd, which does it well
+        own = () if isinstance(rule, EmbeddingRule) and not self.ledger.norms_only else rule.parameters
+        return [rule.parameter(name) for name in own]
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth += 1
+        if self._depth > 1 or _is_backward():
+            return
+        # a pass without gradients (an evaluation) is nobody's business here
+        self._is_evaluation = not torch.is_grad_enabled()
+        if self._is_evaluation:
+            return
+        if self.loss.is_known:
+            raise HftcoreError(
+                "the model was called a second time in one capture_grad_norms block; open a block for each batch"
+            )
+        self.loss.take(module, args, kwargs)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._is_evaluation = False
+
+    def _is_counted(self, rule: Rule) -> bool:
+        """Whether a call that is running belongs to the pass; the forward pass's own calls are noted with the ledger."""
+        if not self.is_open or (self._is_evaluation and not _is_backward()):
+            return False
+        if not self.loss.is_known:
+            raise HftcoreError(
+                f"module {rule.name!r} was called outside a forward pass of the model; call the model itself"
+            )
+        return True
+
+    def _see(self, rule: Rule, hidden: Sequence[Tensor], module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        _set_requires_grad(hidden, True)
+        if isinstance(rule, ExpertsRule):
+            self._pools.pop(rule.layer, None)
+            return None
+        if output is None or isinstance(rule, RouterRule) or not self._is_counted(rule):
+            return None
+        if isinstance(rule, EmbeddingRule):
+            # reentrant checkpointing switches gradients off the first time, and the call counts all the same
+            x, factor = rule.inputs(args, kwargs)
+            x, output = self._broadcast(x, output)
+            return self._tap(Call(rule), x, factor, output, x)
+        x, factor = rule.inputs(args, kwargs)
+        return self._tap(Call(rule), x, factor, output)
+
+    @contextmanager
+    def _inside(self, rule: RouterRule, hidden: Sequence[Tensor]) -> Iterator[None]:
+        """See the one linear map in a module that does more."""
+        inner: list[_LinearMode] = []
+
+        def tap(x: Tensor, output: Tensor) -> Tensor:
+            if not self._is_counted(rule):
+                return output
+            _set_requires_grad(hidden, True)
+            seen = self._tap(Call(rule), x, 1.0, output)
+            _set_requires_grad(hidden, False)
+            return seen
+
+        def begin(module: nn.Module, args: Any) -> None:
+            inner.append(_LinearMode(rule.parameter("weight"), tap))
+            inner[-1].__enter__()
+
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            mode = inner.pop()
+            mode.__exit__(None, None, None)
+            if output is not None and mode.seen != 1:
+                raise HftcoreError(
+                    f"per-sample gradients of module {rule.name!r} ({type(module).__name__}) are not known: it used its weight in "
+                    f"{mode.seen} linear maps instead of one; freeze its parameters"
+                )
+
+        before, after = (
+            rule.module.register_forward_pre_hook(begin),
+            rule.module.register_forward_hook(end, always_call=True),
+        )
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _see_expert(
+        self, experts: dict[Layer, ExpertsRule], layer: Layer, expert: int, x: Tensor, tokens: Tensor, output: Tensor
+    ) -> Tensor:
+        rule = experts[layer].of(expert)
+        if not self._is_counted(rule):
+            return output
+        rows = self.loss.samples * self.loss.tokens
+        if bool((tokens >= rows).any()):
+            raise HftcoreError(
+                f"experts {rule.name!r} saw token {int(tokens.max())} of a batch of B T = {rows}, so rows cannot be told apart by "
+                "sample; freeze their parameters"
+            )
+        hidden = self._hidden(rule)
+        _set_requires_grad(hidden, True)
+        pool = self._pools.setdefault(layer, Pool())
+        pool.open += 1
+        seen = self._tap(Call(rule, tokens, pool), x, 1.0, output)
+        _set_requires_grad(hidden, False)
+        return seen
+
+    def _tap(self, call: Call, x: Tensor, factor: float | Tensor, output: Tensor, ids: Tensor | None = None) -> Tensor:
+        if not _is_backward():
+            self.ledger.expect(call.rule, ids)
+        if not torch.is_grad_enabled():
+            return output
+        if call.tokens is None:
+            self._check_rows(call.rule, x)
+        parameters = [call.rule.parameter(own) for own in call.rule.parameters]
+        return _Tap.apply(weakref.ref(self), call, x, factor, output, *parameters)
+
+    def _broadcast(self, ids: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions shared by the batch get one row for each sample, which what they are added to has anyway."""
+        B, T = self.loss.samples, self.loss.tokens
+        if B > 1 and ((ids.dim() == 2 and ids.shape[0] == 1) or (ids.dim() == 1 and len(ids) == T != B)):
+            return ids.expand(B, -1), output.expand(B, -1, -1)
+        return ids, output
+
+    def _check_rows(self, rule: Rule, x: Tensor) -> None:
+        B, T = self.loss.samples, self.loss.tokens
+        if x.shape[0] not in (B, B * T):
+            raise HftcoreError(
+                f"module {rule.name!r} saw an input of shape {tuple(x.shape)}, which has neither B = {B} nor B T = {B * T} rows, "
+                "so rows cannot be told apart by sample; freeze its parameters"
+            )
+
+    def _touch(self, name: str, grad: Tensor | None) -> None:
+        if grad is not None:
+            self.touched.add(name)
+
+    def take(self, call: Call, x: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Tell the ledger; returns the gradients of the rule's parameters, None where autograd forms them, or nobody."""
+        B, rule = self.loss.samples, call.rule
+        if call.tokens is not None:
+            x, g = by_sample(x, g, call.tokens, B, self.loss.tokens)
+        x = x.reshape(B, -1) if isinstance(rule, EmbeddingRule) else x.reshape(B, -1, x.shape[-1])
+        found = self.ledger.record(rule, x, g.reshape(B, -1, g.shape[-1]))
+        if call.pool is not None and isinstance(rule, ExpertsRule):
+            found = call.pool.put(rule, found)
+        return tuple(found.get(own) for own in rule.parameters)
+
+
+class _LinearMode(TorchFunctionMode):
+    """Shows the linear maps by one weight to `tap`, which may put another result in the place of theirs."""
+
+    def __init__(self, weight: Tensor, tap: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.weight, self.tap, self.seen = weight, tap, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is not nn.functional.linear or len(args) < 2 or args[1] is not self.weight:
+            return output
+        self.seen += 1
+        return self.tap(args[0], output)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a module's output; its backward pass hands the module's input and output gradient over.
+
+    As autograd pairs them itself, they fit whatever gradient checkpointing runs again, and however often a module is called.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, watch: Any, call: Call, x: Tensor, factor: float | Tensor, output: Tensor, *_: Tensor) -> Any:
+        ctx.save_for_backward(x)
+        ctx.watch, ctx.call, ctx.factor = watch, call, factor
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        watch = ctx.watch()
+        if watch is None or not watch.is_open:
+            raise HftcoreError("the backward pass must run inside the capture_grad_norms block of its forward pass")
+        (x,) = ctx.saved_tensors
+        with torch.autocast(g.device.type, enabled=False), torch.no_grad():
+            own = watch.take(ctx.call, x.detach(), g if isinstance(ctx.factor, float) else g * ctx.factor)
+        return None, None, None, None, g, *own
+
+
+def _set_requires_grad(parameters: Sequence[Tensor], value: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(value)
+
+
+def _is_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

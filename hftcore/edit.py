@@ -168,10 +168,9 @@ class Edit:
                 "fingerprint_before": entry.fingerprint_before,
                 "fingerprint_after": entry.fingerprint_after,
             }
-        config = {"format": FORMAT, "recipe": self.recipe, "tensors": described}
         with whole_folder(path, replaces=(CONFIG, TENSORS)) as folder:
             save_file(stored, folder / TENSORS)
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (folder / CONFIG).write_text(config_text(self.recipe, described), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Edit":
@@ -200,6 +199,16 @@ class Edit:
             UnicodeDecodeError,
         ) as error:
             raise HftcoreError(f"{folder} is not a readable Edit ({error}); make or copy it again") from error
+
+
+def config_text(recipe: dict[str, Any], tensors: dict[str, Any]) -> str:
+    """What `edit_config.json` holds."""
+    return json.dumps({"format": FORMAT, "recipe": recipe, "tensors": tensors}, indent=2) + "\n"
+
+
+def count_marks(mask: Tensor, step: int = 1 << 22) -> int:
+    """`ops.count_mask` of a mask that may be mapped from a file and larger than memory: by pieces of `step` bytes."""
+    return sum(ops.count_mask(part) for part in mask.reshape(-1).split(step))
 
 
 def _all_or_none(
@@ -231,7 +240,7 @@ def _entry(name: str, facts: Mapping[str, Any], stored: Any) -> TensorEdit:
         facts["fingerprint_before"],
         facts["fingerprint_after"],
     )
-    marked = ops.count_mask(entry.mask)
+    marked = count_marks(entry.mask)
     if entry.before.shape != (marked,) or (entry.after is not None and entry.after.shape != (marked,)):
         raise HftcoreError(
             f"the edit of {name!r} marks {marked} weights but holds {entry.before.numel()} values; copy it again"

@@ -1,9 +1,15 @@
 """Fingerprints: telling the right tensor from a wrong or changed one."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hftcore.backend import implementation
+from hftcore.kernels.reference import GOLDEN
+
+_STEP = 1 << 16  # elements widened at a time: they stay in the cache
+_WIDE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -15,8 +21,32 @@ def fingerprint(tensor: Tensor) -> str:
     False
     """
     bits = tensor.detach().contiguous()
-    bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
-    shape = "x".join(map(str, tensor.shape))
-    return (
-        f"{str(tensor.dtype).removeprefix('torch.')}[{shape}]:{implementation('fingerprint', tensor.device)(bits):016x}"
-    )
+    bits = bits.view(_WIDE[bits.element_size()])
+    return fingerprint_text(tensor.dtype, tensor.shape, implementation("fingerprint", tensor.device)(bits))
+
+
+def fingerprint_text(dtype: torch.dtype, shape: Sequence[int], total: int) -> str:
+    """The fingerprint of a whole tensor from the sum, modulo 2**64, of the `fingerprint_sum` of its parts.
+
+    >>> parts = [fingerprint_sum(torch.ones(2), 0), fingerprint_sum(torch.ones(3), 2)]
+    >>> fingerprint_text(torch.float32, (5,), sum(parts)) == fingerprint(torch.ones(5))
+    True
+    """
+    size = "x".join(map(str, shape))
+    return f"{str(dtype).removeprefix('torch.')}[{size}]:{total % 2**64:016x}"
+
+
+def fingerprint_sum(part: Tensor, first: int) -> int:
+    """What the elements of `part`, contiguous and of number `first` and on in a larger tensor, add to its fingerprint."""
+    add = implementation("fingerprint", part.device)
+    width = part.element_size()
+    bits = part.detach().flatten().view(_WIDE[width])
+    total = 0
+    # the op numbers elements from 0: moving the numbers is adding a constant to the bits, which needs their full width
+    for start in range(0, bits.numel(), _STEP):
+        shift = (first + start) * GOLDEN % 2**64
+        wide = bits[start : start + _STEP].to(torch.int64, copy=True)
+        if width < 8:
+            wide &= (1 << 8 * width) - 1
+        total += add(wide.add_(shift - 2**64 if shift >= 2**63 else shift))
+    return total % 2**64

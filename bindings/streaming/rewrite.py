@@ -1,0 +1,213 @@
+"""Copy a checkpoint folder file by file, changing pieces of its tensors on the way, a block of rows at a time."""
+
+import hashlib
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hftcore.bindings.manifest import MANIFEST, chunks, describe, in_order
+from hftcore.bindings.progress import Track
+from hftcore.bindings.stored import StoredTensor, read_header
+from hftcore.bindings.streaming.pieces import Piece
+from hftcore.edit import CONFIG
+from hftcore.errors import HftcoreError
+from hftcore.ops.fingerprints import fingerprint_sum
+from hftcore.resumable import Resumable
+
+BLOCK = 1 << 24  # bytes of weights in memory at a time
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl")
+
+# change(piece, row, block): change in place the rows of a piece from number `row` on, [rows, columns] in [out, in] orientation
+Change = Callable[[Piece, int, Tensor], None]
+# complete(parameter, before, after): all pieces of a parameter are done; the sums of its fingerprints
+Complete = Callable[[str, int, int], None]
+
+
+class Changes:
+    """What happens to which pieces, and how far each parameter has come."""
+
+    def __init__(self, pieces: Sequence[Piece], change: Change, complete: Complete, row_step: int = 1) -> None:
+        self.change, self.row_step = change, row_step
+        self._complete = complete
+        self._of: dict[str, list[Piece]] = {}
+        self._left: dict[str, int] = {}
+        self._sums: dict[str, tuple[int, int]] = {}
+        for piece in pieces:
+            self._of.setdefault(piece.stored, []).append(piece)
+            self._left[piece.parameter] = self._left.get(piece.parameter, 0) + 1
+
+    def of(self, stored: str) -> list[Piece]:
+        """The pieces of a stored tensor, in the order of their bytes; none if it is left as it is."""
+        return sorted(self._of.get(stored, ()), key=lambda piece: piece.start)
+
+    def resume(self, sums: Mapping[str, Sequence[int]]) -> None:
+        """A file was done by an earlier run, with these sums."""
+        for parameter, done in sums.items():
+            self.done(parameter, *done)
+
+    def done(self, parameter: str, pieces: int, before: int, after: int) -> None:
+        """So many more pieces of a parameter are done, with these sums."""
+        old = self._sums.get(parameter, (0, 0))
+        self._sums[parameter] = (old[0] + before) % 2**64, (old[1] + after) % 2**64
+        self._left[parameter] -= pieces
+        if not self._left[parameter]:
+            self._complete(parameter, *self._sums[parameter])
+
+
+def rewrite_files(
+    source: Path,
+    stored: Mapping[str, StoredTensor],
+    work: Resumable,
+    changes: Changes,
+    beside: Sequence[Path] = (),
+    keeps_edit: bool = True,
+) -> dict[str, Any]:
+    """Write the changed copy of every file of the folder `source` to `work.folder`, one journaled step a file.
+
+    Args:
+        source: the checkpoint folder.
+        stored: its tensors.
+        work: where finished files are skipped.
+        changes: what to change.
+        beside: files that `changes` writes to; they are on the disk before a step is recorded.
+        keeps_edit: copy an Edit in `source/edit` too.
+
+    Returns:
+        Relative path -> what the manifest says of the file.
+
+    Raises:
+        HftcoreError: a file is damaged or changes under way; or what `changes` raises.
+    """
+    shards = {place.file.name for place in stored.values()}
+    files = {}
+    for name in Track(_files(source, shards, keeps_edit), "write"):
+        facts = work.done.get(f"file {name}")
+        if facts is not None:
+            changes.resume(facts.get("sums", {}))
+        else:
+            target = work.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            facts = _rewrite(source / name, target, changes) if name in shards else _copy(source / name, target)
+            work.finish(f"file {name}", facts, [target, *beside])
+        files[name] = {key: value for key, value in facts.items() if key != "sums"}
+    return files
+
+
+def change_only(
+    source: Path, stored: Mapping[str, StoredTensor], work: Resumable, changes: Changes, beside: Path
+) -> None:
+    """Pass the pieces through `changes`, one journaled step a file, and write nothing else."""
+    for file in Track(sorted({place.file for place in stored.values()}), "read"):
+        sums = work.done.get(f"file {file.name}")
+        if sums is not None:
+            changes.resume(sums)
+        else:
+            sums = {}
+            for _ in _stream(file, changes, sums, changed_only=True):
+                pass
+            work.finish(f"file {file.name}", sums, [beside])
+
+
+def _rewrite(source: Path, target: Path, changes: Changes) -> dict[str, Any]:
+    """Write the changed copy of one file; what the manifest says of it, and `sums` for each parameter."""
+    digests: dict[str, Any] = {}
+    sums: dict[str, list[int]] = {}
+    with target.open("wb") as out, ThreadPoolExecutor(1) as writer:
+
+        def emit(name: str, data: Any) -> None:
+            digests[name].update(data)
+            out.write(data)
+
+        waiting: deque[tuple[int, Future[None]]] = deque()
+        for name, data in _stream(source, changes, sums):
+            digests.setdefault(name, hashlib.sha256())
+            waiting.append((len(data), writer.submit(emit, name, data)))
+            while sum(size for size, _ in waiting) > 2 * BLOCK:
+                waiting.popleft()[1].result()
+        for _, future in waiting:
+            future.result()
+    found = {name: digest.hexdigest() for name, digest in digests.items()}
+    return {"bytes": target.stat().st_size, "header": found.pop(""), "tensors": found, "sums": sums}
+
+
+def _stream(
+    file: Path, changes: Changes, sums: dict[str, list[int]], changed_only: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Yield (name of the tensor, bytes) from the start of a file to its end, "" for its header, with the changes made.
+
+    Fills `sums`: parameter -> [pieces done, sum before, sum after].
+    """
+    with file.open("rb") as content:
+        tensors = in_order(read_header(file))
+        if not changed_only:
+            yield from (("", data) for data in chunks(content, tensors[0][1].start))
+        for name, place in tensors:
+            pieces = changes.of(name)
+            if not pieces and not changed_only:
+                content.seek(place.start)
+                yield name, b""
+                yield from ((name, data) for data in chunks(content, place.stop - place.start))
+            for piece in pieces:
+                before = after = 0
+                for row, block in _blocks(piece, changes.row_step):
+                    first = (piece.first + row) * piece.columns
+                    before += fingerprint_sum(block, first)
+                    changes.change(piece, row, block.t() if piece.transposed else block)
+                    after += fingerprint_sum(block, first)
+                    yield name, memoryview(block.flatten().view(torch.uint8).numpy())
+                done = sums.setdefault(piece.parameter, [0, 0, 0])
+                done[:] = done[0] + 1, (done[1] + before) % 2**64, (done[2] + after) % 2**64
+                changes.done(piece.parameter, 1, before, after)
+
+
+def _blocks(piece: Piece, row_step: int) -> Iterator[tuple[int, Tensor]]:
+    """Copies of a piece's rows as they lie in the file, with the number of the first; a transposed piece comes whole."""
+    mapped = piece.mapped()
+    step = max(1, piece.rows)
+    if not piece.transposed:
+        row_bytes = max(1, piece.columns * piece.dtype.itemsize)
+        step = max(1, BLOCK // row_bytes // row_step) * row_step
+    for row in range(0, max(1, piece.rows), step):
+        yield row, (mapped if piece.transposed else mapped[row : row + step]).clone()
+
+
+def _copy(source: Path, target: Path) -> dict[str, Any]:
+    shutil.copyfile(source, target)
+    return describe(target)
+
+
+def _files(source: Path, shards: Collection[str], keeps_edit: bool) -> list[str]:
+    """The files to carry over, relative to the folder; other copies of the weights would be ones nobody changed."""
+    names, left = [], []
+    for path in _walk(source):
+        name = path.relative_to(source).as_posix()
+        if not keeps_edit and name.startswith("edit/") and (source / "edit" / CONFIG).is_file():
+            continue
+        if name not in shards and path.suffix in WEIGHTS and not name.startswith("edit/"):
+            left.append(name)
+        elif name != MANIFEST:
+            names.append(name)
+    if left:
+        warnings.warn(
+            f"not copied, as they may hold the weights as they were: {', '.join(left[:5])}"
+            + (f" and {len(left) - 5} more" if len(left) > 5 else ""),
+            stacklevel=2,
+        )
+    return names
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for item in sorted(folder.iterdir()):
+        if item.is_dir():
+            if item.is_symlink():
+                raise HftcoreError(f"{item} is a link to a folder; copy what it links to into its place")
+            yield from _walk(item)
+        else:
+            yield item

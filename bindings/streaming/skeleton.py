@@ -1,0 +1,40 @@
+"""A model without its weights: every layer has its name, shape and orientation, and takes no memory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hftcore.errors import HftcoreError
+
+
+def load_skeleton(folder: Path) -> nn.Module:
+    """The causal model that `config.json` describes; each parameter is one element seen in the parameter's shape.
+
+    Raises:
+        HftcoreError: no readable configuration, an unknown kind of model, or a quantised one.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    file = folder / "config.json"
+    try:
+        quantised = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if quantised is None:
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HftcoreError(f"cannot read from {file} what model {folder} holds: {reason}") from error
+    if quantised is not None:
+        raise HftcoreError(f"{folder} is quantised (quantization_config in {file.name}); dequantise it first")
+    standing: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in standing:
+                element = torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)
+                standing[parameter] = nn.Parameter(element, requires_grad=False)
+            module._parameters[name] = standing[parameter]
+    return model

@@ -1,7 +1,7 @@
 """Energies block by block, each block fed by the blocks before it as they are by then: Wanda's own procedure."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,10 @@ from hftcore.capture import Meter
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
 from hftcore.layers import Layer, blocks
+
+_REPEATED = (
+    "the blocks must run one after the other, once for each batch, and in this model they do not; use sequential=False"
+)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -27,9 +31,9 @@ def blockwise_energy(
     """Yield (layers of a block, their energies) block by block; what is done to a block before the next step is seen
     by the next one.
 
-    One pass over the whole model notes how each block is called. After that every block runs twice on noted
-    arguments, once to measure and once, as the consumer left it, to make the next block's inputs. The inputs of one
-    block for all batches are held in memory.
+    A pass over the model in which the blocks hand on what they are given notes how each block is called. After that every block
+    runs twice on noted arguments, once to measure and once, as the consumer left it, to make the next block's inputs. The inputs of
+    one block for all batches are held in memory. The first batch also runs through the whole model, to see what blocks return.
 
     Args:
         model, batches, tokens: as in `calibrate`.
@@ -37,7 +41,8 @@ def blockwise_energy(
             passed through.
 
     Raises:
-        HftcoreError: a layer outside the blocks; no token to count; and what `capture_energy` raises.
+        HftcoreError: a layer outside the blocks; no token to count; blocks whose other arguments depend on what the blocks before
+            them computed; and what `capture_energy` raises.
 
     Source: Sun et al. 2023 (arXiv:2306.11695), `prune_wanda` of their code. Different: calls are noted for each block
     and not for the first one only, since blocks of one model may take different masks and rotary tables; padding is
@@ -105,12 +110,81 @@ def _note_calls(
         for index, block in enumerate(members):
             stack.callback(block.register_forward_pre_hook(partial(note, index), with_kwargs=True).remove)
         for batch, arguments in prepared(runner, batches, progress):
+            if not inputs:
+                # blocks may write into what they are given
+                outputs = _outputs(runner, members, _mapped(torch.clone, arguments))
+                seen, calls[:] = [*calls], [[] for _ in members]
+                hidden.clear()
+                for block, output in zip(members, outputs, strict=True):
+                    stack.enter_context(_handing_on(block, output))
             inputs.append({key: value for key, value in batch.items() if isinstance(value, Tensor)})
             runner(**arguments)
+            if len(inputs) == 1 and not _same(seen, calls):
+                raise HftcoreError(
+                    "the arguments of a block depend on what the blocks before it computed, so it cannot be run alone; "
+                    "use sequential=False"
+                )
     if not inputs:
         raise HftcoreError("batches must hold at least one batch, got none")
     if any(len(notes) != len(inputs) for notes in calls):
-        raise HftcoreError(
-            "every block must run once for each batch; this model skips or repeats blocks, use sequential=False"
-        )
+        raise HftcoreError(_REPEATED)
     return inputs, calls, hidden
+
+
+def _outputs(runner: nn.Module, members: list[nn.Module], arguments: dict[str, Any]) -> list[Any]:
+    """What each block returns in a real pass beside its hidden states: None, or a tuple."""
+    order: list[int] = []
+    outputs: list[Any] = []
+
+    def note(index: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        order.append(index)
+        outputs.append(None if isinstance(output, Tensor) else output[1:])
+
+    with ExitStack() as stack:
+        for index, block in enumerate(members):
+            stack.callback(block.register_forward_hook(partial(note, index)).remove)
+        runner(**arguments)
+    if order != [*range(len(members))]:
+        raise HftcoreError(_REPEATED)
+    return outputs
+
+
+@contextmanager
+def _handing_on(block: nn.Module, rest: Any) -> Iterator[None]:
+    """The block computes nothing: it returns the hidden states it is given, and zeros in place of the tensors of `rest`."""
+    rest = _mapped(torch.zeros_like, rest)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        return x if rest is None else (x, *rest)
+
+    own = vars(block).get("forward")
+    vars(block)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(block)["forward"]
+        if own is not None:
+            vars(block)["forward"] = own
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A nest of arguments with `function` of each tensor in its place."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _mapped(function, item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(function, item) for item in value)
+    return value
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether two nests of arguments hold the same tensors; what is neither a tensor nor a nest is not looked at."""
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and torch.equal(left, right)
+    if isinstance(left, Mapping):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return True

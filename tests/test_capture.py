@@ -497,3 +497,85 @@ def test_an_abandoned_block_by_block_run_leaves_the_model_as_it_was(model):
 def test_block_by_block_refuses_layers_outside_the_blocks(model):
     with pytest.raises(HftcoreError, match=r"layers outside the blocks.*lm_head"):
         list(blockwise_energy(model, [batch()], find_layers(model, ["lm_head", "q_proj"])))
+
+
+def test_block_by_block_runs_a_block_twice_for_each_batch(model):
+    batches = [batch(), batch((3, 6), "left", 1), batch((5,), seed=2)]
+    runs = [0, 0]
+    for index, block in enumerate(model.model.layers):
+        block.mlp.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
+    list(blockwise_energy(model, batches, find_layers(model)))
+    # once more for the first batch; what the last block returns is not needed
+    assert runs == [2 * len(batches) + 1, len(batches) + 1]
+    assert all("forward" not in vars(block) for block in model.model.layers)
+
+
+class Chained(nn.Module):
+    """Blocks that return a tuple and take, beside the hidden states, the mean of the inputs or of the block before."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x, shift):
+            y = self.fc(x + shift)
+            return y, y.mean()
+
+    def __init__(self, depends):
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block(), self.Block(), self.Block()])
+        self.depends = depends
+
+    def forward(self, inputs_embeds):
+        x = inputs_embeds
+        shift = x.mean()
+        for block in self.blocks:
+            x, mean = block(x, shift)
+            shift = mean if self.depends else shift
+        return x
+
+
+def test_blocks_that_return_tuples_can_be_measured_block_by_block():
+    model = Chained(depends=False)
+    batches = [{"inputs_embeds": torch.randn(2, 3, 2)} for _ in range(2)]
+    want = calibrate(model, batches)
+    got = {}
+    for _, energy in blockwise_energy(model, batches, find_layers(model)):
+        got |= energy
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_blocks_that_cannot_be_run_alone_are_refused():
+    model = Chained(depends=True)
+    before = fingerprint(model)
+    with pytest.raises(HftcoreError, match=r"depend on what the blocks before it computed.*sequential=False"):
+        list(blockwise_energy(model, [{"inputs_embeds": torch.randn(2, 3, 2)}], find_layers(model)))
+    assert fingerprint(model) == before
+
+
+def test_a_forward_of_the_blocks_own_comes_back(model):
+    def forward(*args, **kwargs):
+        return type(block).forward(block, *args, **kwargs)
+
+    block = model.model.layers[1]
+    block.forward = forward
+    list(blockwise_energy(model, [batch()], find_layers(model)))
+    assert vars(block)["forward"] is forward
+
+
+@pytest.mark.parametrize("order", [[1, 0], [0, 1, 1], [0]])
+def test_blocks_that_do_not_run_once_each_in_their_order_are_refused(order):
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))])
+
+        def forward(self, inputs_embeds):
+            for index in order:
+                inputs_embeds = self.blocks[index](inputs_embeds)
+            return inputs_embeds
+
+    model = Stack()
+    with pytest.raises(HftcoreError, match=r"one after the other.*use sequential=False"):
+        list(blockwise_energy(model, [{"inputs_embeds": torch.ones(1, 3, 2)}], find_layers(model)))

@@ -86,10 +86,11 @@ def _resume(journal: IO[bytes], work: Path, job: str) -> dict[str, Any]:
     if steps and steps[0] == ["job", job] and work.is_dir():
         journal.truncate(end)
         return dict(steps[1:])
-    journal.truncate(0)
-    if work.exists():
+    if steps and work.exists():
         warnings.warn(f"{work} holds an unfinished result of other inputs or choices; it is made anew", stacklevel=5)
-        shutil.rmtree(work)
+    # the journal first: a folder that it does not know is removed
+    journal.truncate(0)
+    shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     sync(work.parent)
     _write(journal, ["job", job])

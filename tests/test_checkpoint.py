@@ -14,8 +14,10 @@ from tiny_models import tiny_model, with_lora
 from hftcore import Edit, Energy, FingerprintError, HftcoreError, Pattern, prune
 from hftcore.bindings import checkpoint
 from hftcore.bindings.checkpoint import apply_edit, names_on_disk, revert_edit
+from hftcore.bindings.manifest import MANIFEST, verify_folder
 from hftcore.bindings.output import check_output
 from hftcore.bindings.stored import list_tensors, read_header
+from hftcore.bindings.streaming import rewrite
 from hftcore.layers import find_layers
 
 
@@ -27,7 +29,7 @@ def pruned(model, targets="all-linear", reference=None):
 
 
 def digests(folder):
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -184,16 +186,19 @@ def test_a_wrong_fingerprint_after_leaves_nothing(made, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 @pytest.mark.parametrize("place", ["copyfile", "write", "fsync", "rename"])
-def test_an_interruption_at_any_step_leaves_nothing(made, tmp_path, monkeypatch, place, error):
+def test_an_interruption_at_any_step_leaves_no_output_and_the_next_call_completes_it(
+    made, tmp_path, monkeypatch, place, error
+):
     folder, edit = made
+    apply_edit(edit, folder, tmp_path / "expected")
     before = digests(folder)
 
     def fail(*_):
         raise error
 
     owner, name = {
-        "copyfile": (checkpoint.shutil, "copyfile"),
-        "write": (checkpoint, "apply_tensor_"),
+        "copyfile": (rewrite.shutil, "copyfile"),
+        "write": (checkpoint.ops, "masked_put_"),
         "fsync": (os, "fsync"),
         "rename": (os, "replace"),
     }[place]
@@ -201,7 +206,11 @@ def test_an_interruption_at_any_step_leaves_nothing(made, tmp_path, monkeypatch,
     with pytest.raises((KeyboardInterrupt, OSError)):
         apply_edit(edit, folder, tmp_path / "out")
     monkeypatch.undo()
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert not (tmp_path / "out").exists()
+    apply_edit(edit, folder, tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")
+    assert not verify_folder(tmp_path / "out")["problems"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "model", "out"]
     assert digests(folder) == before
 
 

@@ -1,7 +1,6 @@
 """Prune a checkpoint folder without loading it: the same mask, Edit and weights as in memory, bit for bit."""
 
 import hashlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hftcore import __version__, ops
+from hftcore import ops
 from hftcore.bindings.manifest import describe, write_manifest
 from hftcore.bindings.output import check_output
 from hftcore.bindings.stored import StoredTensor, list_tensors
 from hftcore.bindings.streaming.pieces import Piece, find_pieces
-from hftcore.bindings.streaming.rewrite import Changes, change_only, rewrite_files
+from hftcore.bindings.streaming.rewrite import Changes, change_only, rewrite_files, signature
 from hftcore.bindings.streaming.select import Selection, Source
 from hftcore.bindings.streaming.skeleton import load_skeleton
 from hftcore.edit import Edit
@@ -82,7 +81,8 @@ def prune_folder(
     if idle and pattern.invert:
         told["untouched"] = idle
     told |= recipe or {}
-    with resumable_folder(target, _job(told, edit_only, sources, folders)) as work:
+    choices = {"recipe": told, "edit_only": edit_only, "energy": _digest(sources)}
+    with resumable_folder(target, signature(folders, choices)) as work:
         selection = Selection(sources, pattern, work.done.get("plan"))
         if "plan" not in work.done:
             work.finish("plan", selection.plan)
@@ -213,26 +213,13 @@ def _slot(layer: Layer, pieces: Sequence[Piece], selection: Selection, has_after
     )
 
 
-def _job(recipe: Mapping[str, Any], edit_only: bool, sources: Sequence[Source], folders: Sequence[Path]) -> str:
-    """Text that changes with anything that decides a byte of the result."""
-    energies = hashlib.sha256()
+def _digest(sources: Sequence[Source]) -> str:
+    """Of the energies, and of what takes part."""
+    digest = hashlib.sha256()
     for source in sources:
-        energies.update(f"{source.piece.parameter}:{source.piece.first}".encode())
-        energies.update(source.energy.float().numpy().tobytes())
-    files = [
-        [str(file), file.stat().st_size, file.stat().st_mtime_ns]
-        for folder in folders
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    ]
-    facts = {
-        "hftcore": __version__,
-        "recipe": recipe,
-        "edit_only": edit_only,
-        "energy": energies.hexdigest(),
-        "files": files,
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        digest.update(f"{source.piece.parameter}:{source.piece.first}:".encode())
+        digest.update(source.energy.float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _tell(idle: Sequence[str], pattern: Pattern) -> None:

@@ -1,6 +1,7 @@
 """Copy a checkpoint folder file by file, changing pieces of its tensors on the way, a block of rows at a time."""
 
 import hashlib
+import json
 import shutil
 import warnings
 from collections import deque
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hftcore import __version__
 from hftcore.bindings.manifest import MANIFEST, chunks, describe, in_order
 from hftcore.bindings.progress import Track
 from hftcore.bindings.stored import StoredTensor, read_header
@@ -59,6 +61,18 @@ class Changes:
         self._left[parameter] -= pieces
         if not self._left[parameter]:
             self._complete(parameter, *self._sums[parameter])
+
+
+def signature(folders: Sequence[Path], choices: Any) -> str:
+    """Text that is another one when a file of the folders or one of the choices (JSON values) is."""
+    files = [
+        [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+        for folder in folders
+        for file in sorted(folder.resolve().rglob("*"))
+        if file.is_file()
+    ]
+    facts = {"hftcore": __version__, "choices": choices, "files": files}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def rewrite_files(

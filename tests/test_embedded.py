@@ -39,6 +39,37 @@ def test_a_missing_model_package_is_named_with_the_remedy(cache, monkeypatch):
     assert not cache.exists()
 
 
+def test_without_a_reader_of_its_file_the_model_is_not_available(cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(embedded, "gguf_path", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    assert not embedded.is_available()
+    with pytest.raises(HftcoreError, match=r"the package gguf is not installed; run: .*pip install gguf"):
+        embedded.prepare()
+
+
+def test_a_copy_without_its_weights_is_made_again(cache, monkeypatch, tmp_path):
+    class Part:
+        def __init__(self, name):
+            self.name = name
+
+        def from_pretrained(self, *_, **__):
+            return self
+
+        def save_pretrained(self, folder):
+            (folder / self.name).write_bytes(b"whole")
+
+    monkeypatch.setattr("transformers.AutoTokenizer", Part("tokenizer.json"))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM", Part("model.safetensors"))
+    monkeypatch.setattr(embedded, "gguf_path", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(embedded, "_reads_gguf", lambda: True)
+    embedded.model_dir().mkdir(parents=True)
+    (embedded.model_dir() / "config.json").write_text("half")
+    folder = embedded.prepare()
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "tokenizer.json"]
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+    assert embedded.is_available()
+
+
 def zipped(**members: str) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as bundle:

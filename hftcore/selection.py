@@ -9,14 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hftcore.backend import implementation
 from hftcore.errors import NonFiniteError
-from hftcore.kernels.reference import FINITE, keys
+from hftcore.kernels.reference import FINITE
 
 SAMPLE = 1 << 16
+BINS_BITS = (
+    11  # few enough for a first-level cache; two passes then tell apart the 2**22 keys of the widest likely window
+)
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,12 @@ def find_threshold(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[in
         NonFiniteError: a score is NaN or infinite.
     """
     total = sum(rows * columns for rows, columns in sizes)
-    bins = 1 << min(16, max(8, (total // 64).bit_length()))
     window = _proposal(parts, sizes, count, total)
     floor, ceiling = 0, FINITE
     while True:
         low, high = window
-        shift = max(0, (high - low - 1).bit_length() - (bins.bit_length() - 1))
+        shift = max(0, (high - low - 1).bit_length() - BINS_BITS)
+        bins = -(-(high - low) >> shift)
         counts = sum(part().call("score_histogram", low, shift, bins).cpu() for part in parts)
         counts = counts if isinstance(counts, Tensor) else torch.zeros(bins + 3, dtype=torch.int64)
         if int(counts[-1]):
@@ -113,22 +117,16 @@ def _proposal(
         first = -offset % step
         offset += size
         if first < size:
-            at = torch.arange(first, size, step)
-            drawn.append(_sampled_keys(part(), at // columns, at % columns))
+            drawn.append(part().call("sampled_keys", first, step).cpu().numpy())
     if not drawn:
         return 0, FINITE
-    sample = torch.cat(drawn).sort().values
+    sample = np.concatenate(drawn)
     share = count / total
     middle, margin = share * len(sample), 4 * sqrt(share * (1 - share) * len(sample)) + 1
     first, last = max(0, int(middle - margin)), min(len(sample) - 1, ceil(middle + margin))
+    sample.partition((first, last))
     low, high = int(sample[first]), int(sample[last]) + 1
     return min(low, FINITE - 1), max(1, min(high, FINITE))
-
-
-def _sampled_keys(part: Part, rows: Tensor, columns: Tensor) -> Tensor:
-    rows, columns = rows.to(part.weight.device), columns.to(part.weight.device)
-    reference = None if part.reference is None else part.reference[rows, columns]
-    return keys(part.weight[rows, columns], part.norm[columns], reference).cpu()
 
 
 def _quotas(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], found: Threshold) -> list[Tensor]:

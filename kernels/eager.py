@@ -107,6 +107,13 @@ def score_histogram(weight: Tensor, norm: Tensor, reference: Tensor | None, low:
     return total
 
 
+def sampled_keys(weight: Tensor, norm: Tensor, reference: Tensor | None, first: int, step: int) -> Tensor:
+    at = torch.arange(first, weight.numel(), step, device=weight.device)
+    row, column = at // weight.shape[1], at % weight.shape[1]
+    other = None if reference is None else reference[row, column]
+    return keys(weight[row, column], norm[column], other)
+
+
 def tie_counts(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int) -> Tensor:
     ties = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
     for band in bands(weight):

@@ -76,6 +76,10 @@ def score_histogram(weight: Tensor, norm: Tensor, reference: Tensor | None, low:
     return torch.bincount(place, minlength=bins + 3)
 
 
+def sampled_keys(weight: Tensor, norm: Tensor, reference: Tensor | None, first: int, step: int) -> Tensor:
+    return keys(weight, norm, reference).flatten()[first::step]
+
+
 def tie_counts(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int) -> Tensor:
     return (keys(weight, norm, reference) == key).sum(dim=1)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hftcore.kernels import native, reference
+from hftcore.kernels import eager, native, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(3, 1), (5, 7), (2, 63), (3, 64), (7, 200), (2, 1025), (3, 2500)]
@@ -287,6 +287,16 @@ def test_score_histogram_counts_every_key_once(simd, dtype, data):
                 counts = native.score_histogram(weight, norm, other, *window)
                 assert torch.equal(counts, reference.score_histogram(weight, norm, other, *window)), window
                 assert counts.sum() == M * N
+
+
+def test_a_sample_of_keys_is_every_step_th_key(simd, dtype):
+    weight, near = normal(60, 41).to(dtype)[3:38:2, 1:], normal(40, 20, 3).to(dtype).t()[:, ::2][:18]
+    view, other, norm = weight[:, : near.shape[1]], near, norms(near.shape[1])
+    for first, step in [(0, 1), (5, 7), (view.numel() - 1, 3), (view.numel(), 3)]:
+        for ref in (None, other):
+            wanted = reference.sampled_keys(view, norm, ref, first, step)
+            for module in (native, eager):
+                assert torch.equal(module.sampled_keys(view, norm, ref, first, step), wanted)
 
 
 @pytest.mark.parametrize("data", INPUTS)

@@ -31,6 +31,7 @@ OPS = (
     "masked_put",
     "fingerprint",
     "mask_counts",
+    "sampled_keys",
 )
 
 
@@ -220,6 +221,16 @@ def score_histogram(weight: Tensor, norm: Tensor, reference: Tensor | None, low:
     if weight.numel():
         _call("score_histogram", job)
     return counts
+
+
+def sampled_keys(weight: Tensor, norm: Tensor, reference: Tensor | None, first: int, step: int) -> Tensor:
+    key = torch.empty(max(0, -(-(weight.numel() - first) // step)), dtype=torch.int32)
+    job = _scores(weight, norm, reference)
+    job.a, job.b, job.c = first, step, len(key)
+    job.values = key.data_ptr()
+    if len(key):
+        _call("sampled_keys", job)
+    return key
 
 
 def tie_counts(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int) -> Tensor:

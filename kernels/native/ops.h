@@ -155,6 +155,7 @@ struct Ops {
     int32_t* inside = key + SPAN + BLOCK;
     int64_t* bins = reinterpret_cast<int64_t*>(inside + SPAN + 3 * BLOCK);
     std::memset(bins, 0, size_t(job.c + 3) * 8);
+    const int64_t start = job.a, shift = job.b;  // of this thread: the bins could alias the job
     int64_t low = job.a < 0 ? 0 : smaller(job.a, FINITE);
     int64_t high = job.b >= 31 ? int64_t{FINITE} : smaller(job.a + (job.c << job.b), FINITE);
     if (high < low) high = low;
@@ -172,7 +173,7 @@ struct Ops {
             bins[0] += below;
             bins[job.c + 1] += n - below - found - strange;
             bins[job.c + 2] += strange;
-            for (int64_t j = 0; j < found; ++j) ++bins[1 + ((inside[j] - job.a) >> job.b)];
+            for (int64_t j = 0; j < found; ++j) ++bins[1 + ((inside[j] - start) >> shift)];
           }
         }
       }
@@ -180,6 +181,21 @@ struct Ops {
     int64_t* out = static_cast<int64_t*>(job.values);
     for (int64_t i = 0; i < job.c + 3; ++i)
       if (bins[i]) __atomic_fetch_add(out + i, bins[i], __ATOMIC_RELAXED);
+  }
+
+  // a = first, b = step, c = how many; items are the sampled weights, values = int32 [c]
+  static void sampled_keys(const void* context, char*, Chunks& chunks) {
+    const Job& job = *static_cast<const Job*>(context);
+    const T *weight = static_cast<const T*>(job.weight), *reference = static_cast<const T*>(job.reference);
+    int64_t begin, end;
+    while (chunks.next(begin, end)) {
+      for (int64_t i = begin; i < end; ++i) {
+        int64_t at = job.a + i * job.b, row = at / job.columns, column = at % job.columns;
+        float x = widen(weight[row * job.weight_row + column * job.weight_column]);
+        if (reference) x -= widen(reference[row * job.reference_row + column * job.reference_column]);
+        static_cast<int32_t*>(job.values)[i] = int32_t(to_bits(x * job.norm[column]) & 0x7FFFFFFFu);
+      }
+    }
   }
 
   // a = key, rowwise = quota, of which columns or more means all ties
@@ -451,6 +467,8 @@ inline bool run_typed(int op, const Job& job) {
       return parallel(job.rows, job.columns, unit, job.threads, O::span_scratch(job), O::tie_counts, &job);
     case SCORE_HISTOGRAM:
       return parallel(job.rows, job.columns, unit, job.threads, O::histogram_scratch(job), O::score_histogram, &job);
+    case SAMPLED_KEYS:
+      return parallel(job.c, 16, 1, job.threads, 0, O::sampled_keys, &job);
     case CUT:
       return parallel(job.rows, job.columns, unit, job.threads, O::span_scratch(job), O::cut, &job);
     case BLOCK_SCORES:

@@ -6,9 +6,10 @@ memory; masks are in [out, in] orientation, whatever the storage (Conv1D, transp
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from hftcore import ops
 from hftcore.errors import FingerprintError, HftcoreError
 from hftcore.files import whole_folder
+from hftcore.ops.fingerprints import fingerprint_text, fingerprint_total
 
 CONFIG = "edit_config.json"
 TENSORS = "edit.safetensors"
@@ -53,8 +55,10 @@ class TensorEdit:
 
 
 def matrices(tensor: Tensor, transposed: bool) -> list[Tensor]:
-    """The [out, in] views of a stored weight: one, or one for each fused expert."""
+    """The [out, in] views of a stored weight: one, or one for each fused expert; a vector is one row."""
     oriented = tensor.transpose(-1, -2) if transposed else tensor
+    if oriented.dim() < 2:
+        oriented = oriented.view(1, -1)
     return [oriented] if oriented.dim() == 2 else list(oriented.unbind(0))
 
 
@@ -134,6 +138,28 @@ class Edit:
             HftcoreError: the model has no such parameter; nothing is changed.
         """
         _all_or_none(self._checked(model, "fingerprint_after"), revert_tensor_, apply_tensor_)
+
+    def scaled(self, factor: float) -> "Edit":
+        """An Edit of the same tensors whose weights go `factor` times as far, each rounded once to its dtype.
+
+        Args:
+            factor: finite; 0 for an edit that changes nothing, 1 for this one, negative for the other way.
+
+        Raises:
+            HftcoreError: a factor that is not finite, or so large that a weight would be infinite (by name).
+
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> edit = prune(layer, None, Pattern("50%"), score="magnitude")
+        >>> edit.revert(layer)
+        >>> half = edit.scaled(0.5)
+        >>> half.apply(layer)
+        >>> bool(half.tensors["weight"].after == half.tensors["weight"].before / 2)
+        True
+        """
+        if not math.isfinite(factor):
+            raise HftcoreError(f"factor must be a finite number, got {factor}")
+        recipe = self.recipe | {"factor": factor * self.recipe.get("factor", 1.0)}
+        return Edit({name: _scaled(name, entry, factor) for name, entry in self.tensors.items()}, recipe)
 
     def _checked(self, model: nn.Module, which: str) -> list[tuple[Tensor, TensorEdit]]:
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -248,6 +274,27 @@ def _entry(name: str, facts: Mapping[str, Any], stored: Any) -> TensorEdit:
     return entry
 
 
+def _scaled(name: str, entry: TensorEdit, factor: float) -> TensorEdit:
+    before = entry.before
+    after = torch.zeros_like(before) if entry.after is None else entry.after
+    if factor in (0, 1):
+        # bit for bit: a sum would lose the sign of zero
+        moved = after.clone() if factor else before.clone()
+    else:
+        moved = (before.double() + factor * (after.double() - before.double())).to(before.dtype)
+    if not bool(moved.isfinite().all()):
+        raise HftcoreError(f"factor {factor} makes weights of {name!r} infinite; take a smaller one")
+    scaled = replace(entry, after=moved)
+    # a fingerprint is a sum over elements, so those the edit leaves alone cancel in the difference of two others
+    scratch = torch.zeros(entry.shape, dtype=moved.dtype)
+    sums = []
+    for write in (revert_tensor_, apply_tensor_):
+        write(scratch, scaled)
+        sums.append(fingerprint_total(ops.fingerprint(scratch)))
+    total = fingerprint_total(entry.fingerprint_before) - sums[0] + sums[1]
+    return replace(scaled, fingerprint_after=fingerprint_text(moved.dtype, entry.shape, total))
+
+
 def check_fingerprint(name: str, found: str, entry: TensorEdit, which: str) -> None:
     """Refuse a tensor whose fingerprint is not `entry.<which>`, saying how it differs."""
     wanted = getattr(entry, which)
@@ -282,4 +329,25 @@ def record(
         torch.cat(after) if after else None,
         ops.fingerprint(parameter),
         "",
+    )
+
+
+def difference(before: Tensor, after: Tensor) -> TensorEdit:
+    """The entry that turns `before` into `after`, two tensors of one shape and dtype, of at most three dimensions."""
+    width = {2: torch.int16, 4: torch.int32}[before.element_size()]
+    packed, old, new = [], [], []
+    for one, other in zip(matrices(before.contiguous(), False), matrices(after.contiguous(), False), strict=True):
+        mask = ops.pack_mask(one.view(width) != other.view(width))
+        packed.append(mask.cpu())
+        old.append(ops.masked_take(one, mask).cpu())
+        new.append(ops.masked_take(other, mask).cpu())
+    return TensorEdit(
+        tuple(before.shape),
+        str(before.dtype).removeprefix("torch."),
+        False,
+        torch.cat(packed),
+        torch.cat(old),
+        torch.cat(new),
+        ops.fingerprint(before),
+        ops.fingerprint(after),
     )

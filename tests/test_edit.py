@@ -8,7 +8,8 @@ import torch
 from test_prune import Net, measured, same, state
 
 import hftcore
-from hftcore import Edit, FingerprintError, Pattern
+from hftcore import Edit, FingerprintError, HftcoreError, Pattern
+from hftcore.edit import difference
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -162,3 +163,50 @@ def test_saving_over_an_edit_spares_the_files_beside_it(tmp_path):
     with pytest.raises(hftcore.HftcoreError, match="exists already"):
         edit.save(tmp_path / "edit")
     assert (tmp_path / "edit" / "notes.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, -1.5])
+def test_a_scaled_edit_goes_so_far_and_back_bit_for_bit(model, factor, tmp_path):
+    before = bits(model)
+    start = {name: value.double() for name, value in model.state_dict().items()}
+    edit = hftcore.prune(model, measured(model), Pattern("50%"))
+    end = {name: value.double() for name, value in model.state_dict().items()}
+    after = bits(model)
+    edit.revert(model)
+    scaled = edit.scaled(factor)
+    scaled.save(tmp_path / "edit")
+    scaled = Edit.load(tmp_path / "edit")
+    scaled.apply(model)
+    for name, value in model.state_dict().items():
+        wanted = start[name] + factor * (end[name] - start[name])
+        assert torch.equal(value, wanted.to(value.dtype))
+    if factor in (0.0, 1.0):
+        assert same(bits(model), after if factor else before)
+    scaled.revert(model)
+    assert same(bits(model), before)
+    assert scaled.recipe["factor"] == factor
+    assert edit.scaled(2.0).scaled(0.5).recipe["factor"] == 1.0
+
+
+def test_factors_that_are_no_number_or_overflow_are_refused(model):
+    edit = hftcore.prune(model, measured(model), Pattern("50%"))
+    with pytest.raises(HftcoreError, match="factor must be a finite number"):
+        edit.scaled(float("nan"))
+    with pytest.raises(HftcoreError, match="infinite; take a smaller one"):
+        edit.scaled(1e300)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7,), (), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_difference_of_two_tensors_is_an_edit(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(shape, generator=generator).to(dtype)
+    after = torch.where(torch.rand(shape, generator=generator) < 0.5, before, -before)
+    holder = torch.nn.Module()
+    holder.weight = torch.nn.Parameter(before.clone())
+    edit = Edit({"weight": difference(before, after)})
+    edit.apply(holder)
+    assert torch.equal(holder.weight, after)
+    assert edit.removed == int((before != after).sum())
+    edit.revert(holder)
+    assert torch.equal(holder.weight, before)

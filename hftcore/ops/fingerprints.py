@@ -36,6 +36,11 @@ def fingerprint_text(dtype: torch.dtype, shape: Sequence[int], total: int) -> st
     return f"{str(dtype).removeprefix('torch.')}[{size}]:{total % 2**64:016x}"
 
 
+def fingerprint_total(text: str) -> int:
+    """The sum in a fingerprint; `fingerprint_text` puts it back."""
+    return int(text.rpartition(":")[2], 16)
+
+
 def fingerprint_sum(part: Tensor, first: int) -> int:
     """What the elements of `part`, contiguous and of number `first` and on in a larger tensor, add to its fingerprint."""
     add = implementation("fingerprint", part.device)

@@ -1,5 +1,6 @@
 """What the commands do, between the command line (`cli/`) and the library."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from hftcore.bindings import checkpoint
 from hftcore.bindings.jobs import Job, Loaded, batches_of, open_plain, open_to_prune
 from hftcore.bindings.models_io import save_model
 from hftcore.bindings.output import check_output
+from hftcore.bindings.streaming.job import prune_streamed, streams
+from hftcore.defenses.antidote import FULL_WEIGHTS
 from hftcore.edit import Edit
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
@@ -40,6 +43,8 @@ def run_wanda(job: Job, pattern: Pattern, sequential: bool) -> Result:
     """Prune a model by Wanda's score and save it, or only the Edit."""
     if sequential and (job.energy or job.score != "wanda"):
         raise HftcoreError("--sequential calibrates as it prunes: it needs --data, --score wanda and no --energy")
+    if not sequential and streams(job):
+        return _stream(job, pattern, {})
     targets = job.targets or "all-linear"
     loaded = open_to_prune(job, targets)
     model, energy = loaded.model, loaded.energy
@@ -60,6 +65,11 @@ def run_wanda(job: Job, pattern: Pattern, sequential: bool) -> Result:
 
 def run_antidote(job: Job, dense_ratio: float) -> Result:
     """Remove a fine-tuned model's weights that matter most for harmful data, and save it, or only the Edit."""
+    if streams(job):
+        if job.reference is None:
+            warnings.warn(FULL_WEIGHTS, stacklevel=2)
+        recipe = {"method": "antidote", "dense_ratio": dense_ratio}
+        return _stream(job, Pattern(dense_ratio, remove="highest"), recipe)
     loaded = open_to_prune(job, job.targets)
     harmful: Any = loaded.energy
     if harmful is None and job.score == "wanda":
@@ -98,6 +108,12 @@ def _calibrate(job: Job, loaded: Loaded, targets: Targets) -> Energy:
             exclude=job.exclude,
             tokens=job.tokens,
         )
+
+
+def _stream(job: Job, pattern: Pattern, recipe: dict[str, Any]) -> Result:
+    with job.timed("prune"), _writing(job.out):
+        edit = prune_streamed(job, pattern, recipe)
+    return {"out": str(job.out), "edit_only": job.edit_only, "merged": False, **_counts(edit), "seconds": job.seconds}
 
 
 def _save(job: Job, loaded: Loaded, edit: Edit) -> Result:

@@ -35,8 +35,9 @@ def resumable_folder(out: str | os.PathLike[str], job: str) -> Iterator[Resumabl
     """Make the folder `out` in steps, such that a killed run is continued by the next one with the same `job`.
 
     Two siblings of `out` hold what is not complete yet: the folder `.NAME.partial`, which becomes `out` by a rename when the
-    block ends without an exception, and `.NAME.journal`, with a line for each finished step. They stay after a kill, Ctrl-C or an
-    OSError such as a full disk, and are removed after a HftcoreError, which the same call would meet again.
+    block ends without an exception, and `.NAME.journal`, with a line for each finished step. They stay after a kill, and once a
+    step is finished after Ctrl-C or an OSError such as a full disk too; a HftcoreError, which the same call would meet again,
+    removes them.
 
     Args:
         out: the folder to make; it must not exist, or be empty.
@@ -54,13 +55,18 @@ def resumable_folder(out: str | os.PathLike[str], job: str) -> Iterator[Resumabl
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             path.unlink()
             raise HftcoreError(f"{target} exists already; remove it or choose another place")
-        done = _resume(journal, work, job)
+        done: dict[str, Any] = {}
         try:
+            _resume(journal, work, job, done)
             yield Resumable(work, journal, done)
-        except HftcoreError:
-            # without its journal the folder means nothing, so the order is right if this is killed too
-            path.unlink()
-            shutil.rmtree(work)
+        except BaseException as error:
+            if not done or isinstance(error, HftcoreError):
+                # without its journal the folder means nothing, so the order is right if this is killed too
+                path.unlink()
+                shutil.rmtree(work, ignore_errors=True)
+            elif isinstance(error, OSError):
+                kept = f"what is finished is kept in {work}: the same call continues it"
+                raise OSError(error.errno, f"{error.strerror or error}; {kept}") from error
             raise
         for folder in (work, *(item for item in work.rglob("*") if item.is_dir())):
             sync(folder)
@@ -80,12 +86,13 @@ def _lock(journal: IO[bytes], path: Path, target: Path) -> None:
         raise HftcoreError(f"{target} is being written by another process; wait for it or choose another place")
 
 
-def _resume(journal: IO[bytes], work: Path, job: str) -> dict[str, Any]:
-    """The finished steps that an interrupted run of the same job left; what another job left is removed."""
+def _resume(journal: IO[bytes], work: Path, job: str, done: dict[str, Any]) -> None:
+    """Fill `done` with the steps that an interrupted run of the same job finished; what another job left is removed."""
     steps, end = _read(journal)
     if steps and steps[0] == ["job", job] and work.is_dir():
         journal.truncate(end)
-        return dict(steps[1:])
+        done.update(steps[1:])
+        return
     if steps and work.exists():
         warnings.warn(f"{work} holds an unfinished result of other inputs or choices; it is made anew", stacklevel=5)
     # the journal first: a folder that it does not know is removed
@@ -94,7 +101,6 @@ def _resume(journal: IO[bytes], work: Path, job: str) -> dict[str, Any]:
     work.mkdir()
     sync(work.parent)
     _write(journal, ["job", job])
-    return {}
 
 
 def _read(journal: IO[bytes]) -> tuple[list[Any], int]:

@@ -20,6 +20,7 @@ import hftcore
 from hftcore.bindings import models_io
 from hftcore.bindings.cli.app import COMMANDS, app
 from hftcore.bindings.data import load_samples, make_batches
+from hftcore.bindings.manifest import MANIFEST
 from hftcore.bindings.models_io import load_model, save_model
 from hftcore.bindings.progress import Track
 
@@ -73,7 +74,7 @@ def failed(*args, code=1):
 
 
 def digests(folder):
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -84,7 +84,7 @@ def prune_folder(
     choices = {"recipe": told, "edit_only": edit_only, "energy": _digest(sources)}
     with resumable_folder(target, signature(folders, choices)) as work:
         selection = Selection(sources, pattern, work.done.get("plan"))
-        if "plan" not in work.done:
+        if selection.plan and "plan" not in work.done:
             work.finish("plan", selection.plan)
         slots = {layer.tensor: _slot(layer, pieces[layer.tensor], selection, others is not None) for layer in layers}
         with EditWriter(work.folder if edit_only else work.folder / "edit", slots) as writer:

@@ -101,7 +101,8 @@ def rewrite_files(
     """
     shards = {place.file.name for place in stored.values()}
     files = {}
-    for name in Track(_files(source, shards, keeps_edit), "write"):
+    # the shards first: they are what may fail
+    for name in Track(sorted(_files(source, shards, keeps_edit), key=lambda name: name not in shards), "write"):
         facts = work.done.get(f"file {name}")
         if facts is not None:
             changes.resume(facts.get("sums", {}))
@@ -114,9 +115,7 @@ def rewrite_files(
     return files
 
 
-def change_only(
-    source: Path, stored: Mapping[str, StoredTensor], work: Resumable, changes: Changes, beside: Path
-) -> None:
+def change_only(stored: Mapping[str, StoredTensor], work: Resumable, changes: Changes, beside: Path) -> None:
     """Pass the pieces through `changes`, one journaled step a file, and write nothing else."""
     for file in Track(sorted({place.file for place in stored.values()}), "read"):
         sums = work.done.get(f"file {file.name}")

@@ -18,6 +18,11 @@ from hftcore.matching import energy_layers, reference_weights
 from hftcore.pattern import Pattern, Remove, Scope
 from hftcore.pruning import Score, prune
 
+FULL_WEIGHTS = (
+    "removing the highest-scored weights of full or merged matrices: on SmolLM2-135M one weight a row (ratio 0.001) already "
+    "broke the model; target the LoRA factors, or pass reference="
+)
+
 
 def antidote(
     model: nn.Module,
@@ -88,11 +93,7 @@ def antidote(
     if reference is not None:
         reference_weights(reference, layers)
     elif remove == "highest" and score != "random" and not all("lora_" in layer.name for layer in layers):
-        warnings.warn(
-            "removing the highest-scored weights of full or merged matrices: on SmolLM2-135M one weight a row (ratio 0.001) already "
-            "broke the model; target the LoRA factors, or pass reference=",
-            stacklevel=2,
-        )
+        warnings.warn(FULL_WEIGHTS, stacklevel=2)
     # the layers of a given energy are narrowed by what the caller asks for; one measured here already is
     restriction = chosen if energy is None else targets
     if batches is not None:

@@ -200,7 +200,7 @@ def _encode(sample: Sample, tokenizer: Any) -> tuple[list[int], list[bool]]:
         ids = tokenizer(sample.text)["input_ids"]
         return ids, [True] * len(ids)
     has_template = bool(getattr(tokenizer, "chat_template", None))
-    parts = _chat_parts(sample, tokenizer) if has_template else _alpaca_parts(sample, tokenizer.eos_token or "")
+    parts = _chat_parts(sample, tokenizer) if has_template else alpaca_parts(sample, tokenizer.eos_token or "")
     # a chat template writes the special tokens itself
     options = {"add_special_tokens": not has_template}
     if not getattr(tokenizer, "is_fast", False):
@@ -259,7 +259,7 @@ def _common(whole: str, prefix: str) -> int:
     )
 
 
-def _alpaca_parts(sample: Sample, end: str) -> list[tuple[str, bool]]:
+def alpaca_parts(sample: Sample, end: str) -> list[tuple[str, bool]]:
     """Alpaca's template, as the papers on harmful fine-tuning use it; further turns repeat it without the preface."""
     parts = [(_PREFACE + (_TASK_WITH_INPUT if sample.context else _TASK), False)]
     for role, content in sample.turns:

@@ -20,4 +20,9 @@ class Method:
         return getattr(home, self.trainer), getattr(home, self.config)
 
 
-METHODS: dict[str, Method] = {}
+_ANTIBODY = "hftcore.bindings.trainers.antibody"
+
+METHODS: dict[str, Method] = {
+    "antibody-align": Method(_ANTIBODY, "AntibodyAlignTrainer", "AntibodyAlignConfig", ("harmful_dataset",)),
+    "antibody": Method(_ANTIBODY, "AntibodyTrainer", "AntibodyConfig"),
+}

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,14 @@ class DefenceTrainer(Trainer):
         HftcoreError: fp16 loss scaling, FSDP, DeepSpeed or nn.DataParallel, under which gradients cannot be combined here.
     """
 
+    config: ClassVar[type[DefenceConfig]] = DefenceConfig
+    model: Any
+
     def __init__(self, model: Any = None, args: Any = None, data_collator: Any = None, **kwargs: Any):
+        if not isinstance(args, self.config):
+            raise HftcoreError(f"args must be {self.config.__name__}, got {type(args).__name__}")
         if data_collator is None:
-            data_collator = Collator(_pad_token(model, kwargs.get("processing_class")))
+            data_collator = Collator(pad_token(model, kwargs.get("processing_class")))
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         self._refuse_unsupported()
         # numbers and tensors of the defence that outlive a step; saved with checkpoints and restored from them
@@ -75,10 +80,12 @@ class DefenceTrainer(Trainer):
     @property
     def parameters(self) -> Parameters:
         """What is trained, by name."""
-        return trained(cast(nn.Module, self.model))
+        return trained(self.model)
 
-    def add_stream(self, name: str, dataset: Sequence[Any] | None, batch_size: int | None = None) -> BatchStream:
-        """An endless stream over a second data set, of the training's batch size by default; resumed with checkpoints.
+    def add_stream(
+        self, name: str, dataset: Sequence[Any] | None, batch_size: int | None = None, collate: Any = None
+    ) -> BatchStream:
+        """An endless stream over a second data set, of the training's batch size and collator by default; resumed with checkpoints.
 
         Raises:
             HftcoreError: the data set is None or empty.
@@ -90,7 +97,7 @@ class DefenceTrainer(Trainer):
         # streams of one trainer must not walk in step
         seed += 7919 * (1 + len(self._streams))
         place = self.args.process_index, self.args.world_size
-        self._streams[name] = BatchStream(name, dataset, size, self.data_collator, seed, *place)
+        self._streams[name] = BatchStream(name, dataset, size, collate or self.data_collator, seed, *place)
         return self._streams[name]
 
     def draw(self, stream: BatchStream, count: int) -> list[Batch]:
@@ -131,6 +138,10 @@ class DefenceTrainer(Trainer):
     def _own_loss(self, model: nn.Module, batch: Batch, number: Any) -> Tensor:
         loss = self.compute_loss(model, batch, num_items_in_batch=number)
         return loss if isinstance(loss, Tensor) else loss[0]
+
+    def shared(self, value: Tensor) -> Tensor:
+        """The mean over processes of a 0-d tensor."""
+        return self.accelerator.reduce(value, reduction="mean") if self.args.world_size > 1 else value
 
     def note(self, **numbers: float) -> None:
         """Numbers of this step for the log, which shows their mean since the last entry."""
@@ -206,7 +217,8 @@ class DefenceTrainer(Trainer):
             )
 
 
-def _pad_token(model: Any, tokenizer: Any) -> int:
+def pad_token(model: Any, tokenizer: Any) -> int:
+    """The token to pad with: the tokenizer's, the model's, or 0, as padding is masked anyway."""
     candidates = (
         getattr(tokenizer, "pad_token_id", None),
         getattr(getattr(model, "config", None), "pad_token_id", None),

@@ -87,6 +87,13 @@ class Gradients:
                     self.tensors[name] = tensor * factor
         return self
 
+    def scale_(self, factor: float) -> "Gradients":
+        """Multiply these by a number, in place; returns itself."""
+        with torch.no_grad():
+            for tensor in self.tensors.values() if factor != 1 else ():
+                tensor.mul_(factor)
+        return self
+
     def add_to_grad(self, parameters: Parameters, factor: float = 1.0) -> None:
         """Add `factor` times these to `param.grad`. Factor 0 leaves it alone, bit for bit."""
         if factor == 0:

@@ -1,0 +1,228 @@
+"""Log-likelihoods out of a causal model's ordinary forward, without its logits where that can be done."""
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hftcore.defenses.branches import Answered, branch_mask, branched, separate
+from hftcore.errors import HftcoreError
+from hftcore.ops.likelihood import IGNORED, sequence_logprobs
+
+log = logging.getLogger("hftcore")
+
+PROBE = (5, 4, 3)  # tokens of prompt, target and refusal
+# of a sum over few tokens, computed in two ways that round differently
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+@dataclass
+class Features:
+    """What the likelihoods of one forward are made of: hidden states and the head they go into, or logits and no head."""
+
+    values: Tensor
+    head: Tensor | None = None
+    bias: Tensor | None = None
+    soft_cap: float | None = None
+
+    def logprobs(self, next_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """([B] sums in nats, [B] counts) over the tokens [B, S] that each position predicts, -100 for none."""
+        next_tokens = next_tokens.to(self.values.device)
+        if self.head is None:
+            return logits_logprobs(self.values, next_tokens)
+        return sequence_logprobs(self.values, self.head, next_tokens, self.bias, self.soft_cap, shift=False)
+
+
+def logits_logprobs(logits: Tensor, next_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """([B] sums in nats, [B] counts) of the tokens that each position predicts, from logits [B, S, V]; -100 for none."""
+    labelled = next_tokens != IGNORED
+    samples = labelled.nonzero()[:, 0]
+    rows = logits[labelled]
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    losses = nn.functional.cross_entropy(rows, next_tokens[labelled], reduction="none")
+    sums = torch.zeros(len(logits), dtype=rows.dtype, device=rows.device).index_add(0, samples, -losses)
+    return sums, labelled.sum(dim=1)
+
+
+def following(labels: Tensor) -> Tensor:
+    """Labels [B, T] of transformers, where position t predicts labels[:, t + 1], as the token that each position predicts."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+class Likelihoods:
+    """Reads likelihoods off a model's forward. What the model allows is found out by a small check at the start, and said once.
+
+    The head is skipped and its input read instead, if that gives the model's own likelihoods; else the logits are used. Two answers
+    share one prompt in a single sequence, if each is then unmoved by the other and as likely as on its own; else each has its own.
+
+    Args:
+        model: a causal language model of transformers, perhaps with an adapter.
+        through_head: always run the head as a module, for whoever watches its gradients.
+    """
+
+    def __init__(self, model: Any, through_head: bool = False):
+        self._model = model
+        self._plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._names = set(inspect.signature(self._plain.forward).parameters)
+        self.head = None if through_head else self._usable_head()
+        with _evaluated(model):
+            samples, refusals = _probe(model)
+            if self.head is not None:
+                self.head = self._checked_head(samples)
+            self.obstacle = self._obstacle(samples, refusals)
+        if self.obstacle is not None:
+            log.info("prompts are computed once for the answer and once for the refusal: %s", self.obstacle)
+
+    @property
+    def window(self) -> int | None:
+        """The longest path of prompt and answer in a shared sequence: within it no attention window is felt."""
+        config = _text_config(self._plain)
+        sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
+
+    def read(self, call: nn.Module, batch: Mapping[str, Tensor]) -> Features:
+        """The forward of `call` (the model, or what wraps it) on a batch, branched or with `input_ids` and `attention_mask`."""
+        inputs: dict[str, Any] = {"input_ids": batch["input_ids"]}
+        if "segments" in batch:
+            inputs["position_ids"] = batch["position_ids"]
+            inputs["attention_mask"] = self._mask(branch_mask(batch["segments"]))
+        else:
+            inputs["attention_mask"] = batch["attention_mask"]
+        if "use_cache" in self._names:
+            inputs["use_cache"] = False
+        if self.head is None:
+            return Features(call(**inputs).logits)
+        with _reading(self.head) as seen:
+            call(**inputs)
+        (hidden, dtype) = seen[0]
+        bias = self.head.bias
+        return Features(hidden.to(dtype), self.head.weight.to(dtype), bias, self._soft_cap)
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        if self._implementation == "sdpa":
+            return seen
+        dtype = next(parameter.dtype for parameter in self._model.parameters() if parameter.is_floating_point())
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+    @property
+    def _implementation(self) -> str | None:
+        return getattr(_text_config(self._plain), "_attn_implementation", None)
+
+    @property
+    def _soft_cap(self) -> float | None:
+        return getattr(_text_config(self._plain), "final_logit_softcapping", None)
+
+    def _usable_head(self) -> nn.Linear | None:
+        get = getattr(self._plain, "get_output_embeddings", None)
+        head = get() if callable(get) else None
+        return head if type(head) is nn.Linear else None
+
+    def _checked_head(self, samples: list[Answered]) -> nn.Linear | None:
+        """The head, if its input gives the likelihoods that the model's logits give."""
+        batch = {name: rows.to(self._device) for name, rows in separate(samples, None).items()}
+        head, self.head = self.head, None
+        own, _ = self.read(self._model, batch).logprobs(following(batch["labels"]))
+        self.head = head
+        found, _ = self.read(self._model, batch).logprobs(following(batch["labels"]))
+        if self._agree(own, found):
+            return head
+        log.info("the model changes its logits after the output head, so likelihoods are read off the logits")
+        return None
+
+    def _obstacle(self, samples: list[Answered], refusals: list[Tensor]) -> str | None:
+        """Why two answers cannot share a prompt in one sequence; None if they can."""
+        if self._implementation not in ("sdpa", "eager"):
+            return f"attention {self._implementation!r} takes no mask of its own (sdpa and eager do)"
+        if "position_ids" not in self._names:
+            return f"{type(self._plain).__name__} takes no position_ids"
+        others = [Answered(s.prompt, s.answer.flip(0), s.labels) for s in samples]
+        reversed_refusals = [refusal.flip(0) for refusal in refusals]
+        try:
+            target, refused = self._both(samples, refusals)
+            _, beside_another = self._both(others, refusals)
+            before_another, _ = self._both(samples, reversed_refusals)
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            return f"{type(self._plain).__name__} takes no mask of its own ({str(error).splitlines()[:1]})"
+        if not (torch.equal(refused, beside_another) and torch.equal(target, before_another)):
+            return f"in {type(self._plain).__name__} one answer would see the other"
+        for answers, found in ((None, target), (refusals, refused)):
+            batch = {name: rows.to(self._device) for name, rows in separate(samples, answers).items()}
+            own, _ = self.read(self._model, batch).logprobs(following(batch["labels"]))
+            if not self._agree(own, found):
+                return f"{type(self._plain).__name__} gives an answer another likelihood there than on its own"
+        return None
+
+    def _both(self, samples: list[Answered], refusals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        batch = {name: rows.to(self._device) for name, rows in branched(samples, refusals).items()}
+        features = self.read(self._model, batch)
+        return features.logprobs(batch["target_next"])[0], features.logprobs(batch["refusal_next"])[0]
+
+    def _agree(self, own: Tensor, found: Tensor) -> bool:
+        dtype = next(parameter.dtype for parameter in self._model.parameters() if parameter.is_floating_point())
+        return torch.allclose(own, found, rtol=TOLERANCE[dtype], atol=0)
+
+    @property
+    def _device(self) -> torch.device:
+        embeddings = self._plain.get_input_embeddings()
+        return embeddings.weight.device
+
+
+def _text_config(model: Any) -> Any:
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _probe(model: Any) -> tuple[list[Answered], list[Tensor]]:
+    """Two samples of random tokens, of unequal lengths."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(length: int) -> Tensor:
+        return torch.randint(1, vocabulary, (length,), generator=generator)
+
+    prompt, target, refusal = PROBE
+    answers = [draw(target), draw(target - 1)]
+    samples = [Answered(draw(prompt - index), answer, answer) for index, answer in enumerate(answers)]
+    return samples, [draw(refusal), draw(refusal - 1)]
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module gets its own mode back."""
+    modes: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _reading(head: nn.Linear) -> Iterator[list[tuple[Tensor, torch.dtype]]]:
+    """While the block lasts, the head gives back its input, which is listed with the dtype the product would have."""
+    seen: list[tuple[Tensor, torch.dtype]] = []
+    attributes = head.__dict__
+    own = attributes.get("forward")
+
+    def forward(hidden: Tensor) -> Tensor:
+        kind = hidden.device.type
+        is_cast = torch.is_autocast_enabled(kind)
+        seen.append((hidden, torch.get_autocast_dtype(kind) if is_cast else head.weight.dtype))
+        return hidden
+
+    attributes["forward"] = forward
+    try:
+        yield seen
+        if len(seen) != 1:
+            raise HftcoreError(f"the model must run its output head once in a forward pass, got {len(seen)} times")
+    finally:
+        del attributes["forward"]
+        if own is not None:
+            attributes["forward"] = own

@@ -1,6 +1,6 @@
 """Edits on checkpoint folders: tensors are patched on their way into a copy of the folder, and no model is ever loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from hftcore import ops
 from hftcore.bindings.manifest import write_manifest
 from hftcore.bindings.output import check_output
-from hftcore.bindings.stored import list_tensors
+from hftcore.bindings.stored import StoredTensor, list_tensors
 from hftcore.bindings.streaming.pieces import Piece, find_pieces
 from hftcore.bindings.streaming.pieces import names_on_disk as names_on_disk
 from hftcore.bindings.streaming.rewrite import Changes, rewrite_files, signature
@@ -53,16 +53,7 @@ def _patch(edit: Edit, model: Path, out: str | Path, action: Literal["apply", "r
     states = "fingerprint_before", "fingerprint_after"
     needed, left = states if action == "apply" else states[::-1]
     stored = list_tensors(model)
-    pieces = []
-    starts: dict[Piece, int] = {}
-    for name, entry in edit.tensors.items():
-        found = find_pieces(name, entry.shape, entry.transposed, stored)
-        _check_fit(name, entry, found)
-        pieces += found
-        start = 0
-        for piece in found:
-            starts[piece] = start
-            start += count_marks(entry.mask[piece.first : piece.first + piece.rows])
+    pieces, starts = locate(edit, stored)
 
     def change(piece: Piece, row: int, block: Tensor) -> None:
         entry = edit.tensors[piece.parameter]
@@ -84,6 +75,23 @@ def _patch(edit: Edit, model: Path, out: str | Path, action: Literal["apply", "r
     with resumable_folder(target, signature([model], {"action": action, "edit": prints})) as work:
         files = rewrite_files(model, stored, work, Changes(pieces, change, complete))
         work.finish("manifest", None, [write_manifest(work.folder, files)])
+
+
+def locate(edit: Edit, stored: Mapping[str, StoredTensor]) -> tuple[list[Piece], dict[Piece, int]]:
+    """The pieces an edit changes, and the number of each one's first value among those of its parameter.
+
+    Raises:
+        HftcoreError: the files do not hold a parameter as the edit has it.
+    """
+    starts: dict[Piece, int] = {}
+    for name, entry in edit.tensors.items():
+        pieces = find_pieces(name, entry.shape, entry.transposed, stored)
+        _check_fit(name, entry, pieces)
+        start = 0
+        for piece in pieces:
+            starts[piece] = start
+            start += count_marks(entry.mask[piece.first : piece.first + piece.rows])
+    return list(starts), starts
 
 
 def _check_fit(name: str, entry: TensorEdit, pieces: Sequence[Piece]) -> None:

@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from hftcore.bindings.progress import Track
 from hftcore.bindings.stored import StoredTensor, read_header
 from hftcore.errors import HftcoreError
 
@@ -16,12 +14,38 @@ FORMAT = 1
 CHUNK = 1 << 24
 
 
-def write_manifest(folder: Path, files: dict[str, Any]) -> Path:
-    """Write what `describe` says of each file, relative path -> facts; returns the manifest's path."""
+def write_manifest(folder: Path, files: dict[str, Any], edit: str | None = None) -> Path:
+    """Write what `describe` says of each file, relative path -> facts, and where the Edit lies that led to these weights.
+
+    Returns the manifest's path.
+    """
     path = folder / MANIFEST
-    text = json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\n"
+    text = json.dumps({"format": FORMAT, "edit": edit, "files": dict(sorted(files.items()))}, indent=1) + "\n"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `write_manifest` wrote.
+
+    Raises:
+        HftcoreError: there is none, or it cannot be read.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = (
+            manifest["format"],
+            manifest["edit"],
+            {name: facts["bytes"] for name, facts in manifest["files"].items()},
+        )
+    except FileNotFoundError as error:
+        raise HftcoreError(f"{folder} has no {MANIFEST}, so there is nothing to compare it with") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HftcoreError(f"{path} is damaged ({type(error).__name__}); write the folder again") from error
+    if found[0] != FORMAT:
+        raise HftcoreError(f"{path} has format {found[0]}, this version reads {FORMAT}")
+    return manifest
 
 
 def describe(file: Path) -> dict[str, Any]:
@@ -62,52 +86,3 @@ def _digest(content: IO[bytes], size: int) -> str:
     for data in chunks(content, size):
         digest.update(data)
     return digest.hexdigest()
-
-
-def verify_folder(folder: str | Path) -> dict[str, Any]:
-    """Read every byte of a folder and compare it with its manifest.
-
-    Returns:
-        {"files": how many, "tensors": how many, "bytes": how many, "problems": [one line each]}; no problems means that the folder
-        is whole and as it was written. Files the manifest does not know are left alone.
-
-    Raises:
-        HftcoreError: no such folder, an unfinished one, or no readable manifest.
-    """
-    target = Path(os.path.abspath(folder))
-    journal = target.with_name(f".{target.name}.journal")
-    if not target.is_dir():
-        unfinished = f": it is unfinished ({journal} is there); run the same command again" if journal.exists() else ""
-        raise HftcoreError(f"{folder} is not a folder{unfinished}")
-    try:
-        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-        found, files = manifest["format"], dict(manifest["files"])
-    except FileNotFoundError as error:
-        raise HftcoreError(f"{folder} has no {MANIFEST}, so there is nothing to compare it with") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HftcoreError(
-            f"{target / MANIFEST} is damaged ({type(error).__name__}); write the folder again"
-        ) from error
-    if found != FORMAT:
-        raise HftcoreError(f"{target / MANIFEST} has format {found}, this version reads {FORMAT}")
-    problems: list[str] = []
-    for name, wanted in Track(files.items(), "verify"):
-        problems += _problems(target / name, name, wanted)
-    return {
-        "files": len(files),
-        "tensors": sum(len(facts.get("tensors", ())) for facts in files.values()),
-        "bytes": sum(facts["bytes"] for facts in files.values()),
-        "problems": problems,
-    }
-
-
-def _problems(file: Path, name: str, wanted: dict[str, Any]) -> list[str]:
-    if not file.is_file():
-        return [f"{name} is missing"]
-    try:
-        facts = describe(file)
-    except HftcoreError as error:
-        return [str(error)]
-    changed = [f"{name}: {key} differs" for key in ("bytes", "sha256", "header") if facts.get(key) != wanted.get(key)]
-    have, want = facts.get("tensors", {}), wanted.get("tensors", {})
-    return changed + [f"{name}: tensor {key!r} differs" for key in sorted(want) if have.get(key) != want[key]]

@@ -14,10 +14,11 @@ from tiny_models import tiny_model, with_lora
 from hftcore import Edit, Energy, FingerprintError, HftcoreError, Pattern, prune
 from hftcore.bindings import checkpoint
 from hftcore.bindings.checkpoint import apply_edit, names_on_disk, revert_edit
-from hftcore.bindings.manifest import MANIFEST, verify_folder
+from hftcore.bindings.manifest import MANIFEST
 from hftcore.bindings.output import check_output
 from hftcore.bindings.stored import list_tensors, read_header
 from hftcore.bindings.streaming import rewrite
+from hftcore.bindings.streaming.verify import verify_folder
 from hftcore.layers import find_layers
 
 

@@ -11,6 +11,7 @@ from hftcore.bindings.cli.doctor import doctor
 from hftcore.bindings.cli.edits import apply, revert
 from hftcore.bindings.cli.prune import antidote, calibrate, wanda
 from hftcore.bindings.cli.reporting import reported
+from hftcore.bindings.cli.verify import verify
 
 COMMANDS = (
     demo,
@@ -19,6 +20,7 @@ COMMANDS = (
     antidote,
     apply,
     revert,
+    verify,
     doctor,
 )
 

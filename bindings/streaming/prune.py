@@ -17,7 +17,7 @@ from hftcore.bindings.streaming.pieces import Piece, find_pieces
 from hftcore.bindings.streaming.rewrite import Changes, change_only, rewrite_files, signature
 from hftcore.bindings.streaming.select import Selection, Source
 from hftcore.bindings.streaming.skeleton import load_skeleton
-from hftcore.edit import Edit
+from hftcore.edit import CONFIG, TENSORS, Edit
 from hftcore.edit_writer import EditWriter, Slot
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
@@ -26,6 +26,8 @@ from hftcore.matching import energy_layers
 from hftcore.ops.fingerprints import fingerprint_text
 from hftcore.pattern import Pattern
 from hftcore.resumable import Resumable, resumable_folder
+
+EDIT = "edit"  # the Edit's folder inside the model's
 
 
 def prune_folder(
@@ -87,12 +89,12 @@ def prune_folder(
         if selection.plan and "plan" not in work.done:
             work.finish("plan", selection.plan)
         slots = {layer.tensor: _slot(layer, pieces[layer.tensor], selection, others is not None) for layer in layers}
-        with EditWriter(work.folder if edit_only else work.folder / "edit", slots) as writer:
+        with EditWriter(work.folder if edit_only else work.folder / EDIT, slots) as writer:
             changed = [piece for of in pieces.values() for piece in of]
             _write(folders[0], stored, work, writer, selection, changed, told, edit_only)
     if idle:
         _tell(idle, pattern)
-    return Edit.load(target if edit_only else target / "edit")
+    return Edit.load(target if edit_only else target / EDIT)
 
 
 def _write(
@@ -138,8 +140,10 @@ def _write(
         return
     files = rewrite_files(source, stored, work, changes, [writer.file], keeps_edit=False)
     written = writer.finish(recipe, fingerprints)
-    files |= {file.relative_to(work.folder).as_posix(): describe(file) for file in written}
-    work.finish("manifest", None, [*written, write_manifest(work.folder, files)])
+    # its fingerprints vouch for the values: to read them again would take as long as to write them
+    files[f"{EDIT}/{TENSORS}"] = {"bytes": writer.file.stat().st_size}
+    files[f"{EDIT}/{CONFIG}"] = describe(work.folder / EDIT / CONFIG)
+    work.finish("manifest", None, [*written, write_manifest(work.folder, files, EDIT)])
 
 
 def _layers(

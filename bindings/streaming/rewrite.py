@@ -169,7 +169,7 @@ def _stream(
                 yield from ((name, data) for data in chunks(content, place.stop - place.start))
             for piece in pieces:
                 before = after = 0
-                for row, block in _blocks(piece, changes.row_step):
+                for row, block in blocks(piece, changes.row_step):
                     first = (piece.first + row) * piece.columns
                     before += fingerprint_sum(block, first)
                     changes.change(piece, row, block.t() if piece.transposed else block)
@@ -180,7 +180,7 @@ def _stream(
                 changes.done(piece.parameter, 1, before, after)
 
 
-def _blocks(piece: Piece, row_step: int) -> Iterator[tuple[int, Tensor]]:
+def blocks(piece: Piece, row_step: int = 1) -> Iterator[tuple[int, Tensor]]:
     """Copies of a piece's rows as they lie in the file, with the number of the first; a transposed piece comes whole."""
     mapped = piece.mapped()
     step = max(1, piece.rows)

@@ -33,6 +33,7 @@ _TRITON = {
     "tie_counts": "triton_matrix",
     "cut": "triton_matrix",
     "nonfinite": "triton_matrix",
+    "block_scores": "triton_blocks",
 }
 
 

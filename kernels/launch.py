@@ -55,6 +55,17 @@ def band_tile(M: int, N: int, row_stride: int, column_stride: int) -> Tile:
     return Tile(block_m, block_n, _warps(block_m * block_n, 16))
 
 
+class BlockTile(NamedTuple):
+    blocks: int  # whose sums one program carries
+    width: int  # columns of each that are loaded at a time
+    num_warps: int
+
+
+def block_tile(bn: int) -> BlockTile:
+    # handing columns over costs `width` operations a weight, so it is no more than one wide load needs
+    return BlockTile(128, min(8, power_of_two(bn)), 4)
+
+
 def histogram_copies(bins: int) -> int:
     """Copies of a histogram that share its atomic additions, summed at the end."""
     return max(1, min(32, (1 << 17) // bins))

@@ -17,7 +17,8 @@ from hftcore.kernels import launch
 from hftcore.kernels.triton_score import FINITE, arguments, remove_in_place, score_keys, store_bits
 
 
-@triton.jit
+# what changes from call to call must not compile anew
+@triton.jit(do_not_specialize=["low", "shift", "bins", "copies"])
 def _score_histogram_kernel(
     weight_ptr,  # [M, N] any float dtype
     norm_ptr,  # [N] float32
@@ -61,7 +62,7 @@ def _score_histogram_kernel(
     tl.atomic_add(copy_ptr + bins + 2, tl.sum(tl.sum(spoiled, axis=1), axis=0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _tie_counts_kernel(
     weight_ptr,  # [M, N] any float dtype
     norm_ptr,  # [N] float32
@@ -93,7 +94,7 @@ def _tie_counts_kernel(
     tl.store(ties_ptr + rows, tl.sum(ties, axis=1).to(tl.int64), mask=rows < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _cut_kernel(
     weight_ptr,  # [M, N] any float dtype
     norm_ptr,  # [N] float32

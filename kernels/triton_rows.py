@@ -104,7 +104,8 @@ def _row_keys(
     )
 
 
-@triton.jit
+# what changes from call to call must not compile anew
+@triton.jit(do_not_specialize=["count"])
 def _prune_rows_kernel(
     weight_ptr,  # [M, N] any float dtype
     norm_ptr,  # [N] float32
@@ -255,7 +256,7 @@ def _earlier(key, place, other):
     return ((at < key) | ((at == key) & (other < place))).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _prune_groups_kernel(
     weight_ptr,  # [M, N] any float dtype
     norm_ptr,  # [N] float32

@@ -13,7 +13,7 @@ from inputs import DTYPES, KINDS, energies, weights
 
 pytest.importorskip("triton")
 
-from hftcore.kernels import launch, reference, triton_energy, triton_matrix, triton_rows
+from hftcore.kernels import launch, reference, triton_blocks, triton_energy, triton_matrix, triton_rows
 
 # the interpreter computes with numpy, which remarks on the infinities and NaNs these tests put in on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -158,6 +158,15 @@ def test_spoiled_rows_and_groups_are_counted_and_stop_a_change_in_place(bad, mon
         return triton_rows.prune_groups(w, norm, None, 2, 4, True, mask)
 
     assert check_removal(op, weight.clone(), None, want) == 3
+
+
+@pytest.mark.parametrize(("bm", "bn"), [(1, 1), (2, 3), (16, 16), (3, 20), (1, 60)])
+def test_block_scores_sum_in_row_major_order(bm, bn):
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, norm, other = case("normal", 48, 240, dtype, other=True)
+        for view, near in ((weight, None), (weight, other), (weight.t().contiguous().t(), other)):
+            got = triton_blocks.block_scores(view, norm, near, bm, bn)
+            assert torch.equal(got, reference.block_scores(view, norm, near, bm, bn))
 
 
 def test_a_product_that_overflows_spoils_its_row():

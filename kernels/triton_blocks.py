@@ -38,7 +38,7 @@ def _block_scores_kernel(
     blocks = (tl.program_id(0) % tiles) * BLOCKS + tl.arange(0, BLOCKS)
     places = tl.arange(0, WIDTH)[None, :]
     total = tl.zeros([BLOCKS], tl.float64)
-    for i in range(0, bm):
+    for i in range(bm):
         row = top * bm + i
         for start in range(0, bn, WIDTH):
             cols = blocks[:, None] * bn + start + places

@@ -113,7 +113,7 @@ class Watch:
         if isinstance(rule, EmbeddingRule):
             # reentrant checkpointing switches gradients off the first time, and the call counts all the same
             x, factor = rule.inputs(args, kwargs)
-            x, output = self._broadcast(x, output)
+            x, output = self._broadcast(rule, x, output)
             return self._tap(Call(rule), x, factor, output, x)
         x, factor = rule.inputs(args, kwargs)
         return self._tap(Call(rule), x, factor, output)
@@ -184,10 +184,15 @@ class Watch:
         parameters = [call.rule.parameter(own) for own in call.rule.parameters]
         return _Tap.apply(weakref.ref(self), call, x, factor, output, *parameters)
 
-    def _broadcast(self, ids: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    def _broadcast(self, rule: Rule, ids: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Positions shared by the batch get one row for each sample, which what they are added to has anyway."""
         B, T = self.loss.samples, self.loss.tokens
-        if B > 1 and ((ids.dim() == 2 and ids.shape[0] == 1) or (ids.dim() == 1 and len(ids) == T != B)):
+        if ids.dim() == 1 and len(ids) == B == T > 1:
+            raise HftcoreError(
+                f"embedding {rule.name!r} looked up {B} rows without a batch axis where B = T = {B}, so they could be samples or "
+                "positions; call the model with a batch of another size"
+            )
+        if B > 1 and (ids.shape[0] == 1 if ids.dim() == 2 else ids.dim() == 1 and len(ids) == T):
             return ids.expand(B, -1), output.expand(B, -1, -1)
         return ids, output
 

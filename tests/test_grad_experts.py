@@ -124,7 +124,7 @@ class OddRouter(nn.Module):
 def test_router_that_multiplies_in_another_way_is_refused():
     model = nn.Sequential(OddRouter())
     with (
-        pytest.raises(HftcoreError, match="OddRouter.*0 linear maps instead of one"),
+        pytest.raises(HftcoreError, match=r"OddRouter.*0 linear maps instead of one"),
         capture_grad_norms(model, loss="share"),
     ):
         model(torch.ones(2, 3)).sum().backward()

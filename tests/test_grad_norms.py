@@ -88,10 +88,21 @@ def test_every_family_matches_the_loop(name):
     assert_plain_gradients(model, one, gradients(model))
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "opt", "gemma3"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gpt2", "opt", "gemma3"])
 def test_left_padding(name):
     model, one = tiny_model(name), batch((7, 4), side="left")
     assert_norms(run(model, one), oracle(model, one))
+
+
+def test_left_padding_of_gemma2_is_as_if_it_were_not_there():
+    """Judged without the padding: transformers' masked float64 attention of this family is NaN (it takes the softmax in float32)."""
+    model, one = tiny_model("gemma2"), batch((7, 4), side="left")
+    norms = run(model, one)
+    for row, length in enumerate((7, 4)):
+        want = oracle(model, {key: value[row : row + 1, -length:] for key, value in one.items()})
+        torch.testing.assert_close(norms.per_sample[row].double(), want[""][0], rtol=RTOL, atol=0)
+        for name, value in norms.per_parameter.items():
+            torch.testing.assert_close(value[row].double(), want[name][0], rtol=RTOL, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("loss", ["mean", "sum", "share"])
@@ -233,6 +244,72 @@ def test_autocast():
         model(**one).loss.backward()
     torch.testing.assert_close(norms.per_sample.double(), oracle(model, one)[""], rtol=0.05, atol=0)
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_autocast_with_a_scaled_loss():
+    model, one = tiny_model("llama-tied"), batch((7, 4))
+    with capture_grad_norms(model, loss_scale=2.0**12) as norms, torch.autocast("cpu", torch.bfloat16):
+        (model(**one).loss * 2.0**12).backward()
+    torch.testing.assert_close(norms.per_sample.double(), oracle(model, one)[""], rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "lora"])
+def test_layers_are_blocks_and_what_lies_outside_them(name):
+    model = with_lora(tiny_model("llama"), ["q_proj"]) if name == "lora" else tiny_model(name)
+    one = batch((7, 4))
+    norms, want = run(model, one), oracle(model, one)
+    expected = {
+        "llama-tied": ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm"],
+        "gpt2": ["transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.h.1", "transformer.ln_f"],
+        "lora": ["base_model.model.model.layers.0", "base_model.model.model.layers.1"],
+    }[name]
+    assert list(norms.per_layer) == expected
+    for part, value in norms.per_layer.items():
+        inside = [norm.square() for label, norm in want.items() if label.startswith(f"{part}.")]
+        torch.testing.assert_close(value.double(), torch.stack(inside).sum(dim=0).sqrt(), rtol=RTOL, atol=0)
+    total = torch.stack([value.square() for value in norms.per_layer.values()]).sum(dim=0).sqrt()
+    torch.testing.assert_close(total, norms.per_sample)
+
+
+def test_layers_of_a_model_without_blocks_are_its_modules():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    with capture_grad_norms(model, loss="share") as norms:
+        model(torch.ones(2, 2)).sum().backward()
+    assert list(norms.per_layer) == ["0", "2"]
+
+
+class Positions(nn.Module):
+    """Position rows looked up once, without a batch axis, and added to every sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions, self.head = nn.Embedding(9, 6), nn.Embedding(8, 6), nn.Linear(6, 9)
+
+    def forward(self, input_ids):
+        return self.head(torch.tanh(self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1]))))
+
+
+def test_positions_without_a_batch_axis():
+    model, ids = Positions(), torch.randint(9, (2, 5))
+    with capture_grad_norms(model, loss="share") as norms:
+        model(ids).square().sum().backward()
+    for row in range(2):
+        judge = copy.deepcopy(model).double()
+        judge.zero_grad()
+        judge(ids[row : row + 1]).square().sum().backward()
+        for name, parameter in judge.named_parameters():
+            torch.testing.assert_close(
+                norms.per_parameter[name][row].double(), parameter.grad.norm(), rtol=RTOL, atol=0
+            )
+
+
+def test_positions_that_could_be_samples_are_refused():
+    model = Positions()
+    with (
+        pytest.raises(HftcoreError, match=r"'positions' looked up 3 rows.*B = T = 3"),
+        capture_grad_norms(model, loss="share"),
+    ):
+        model(torch.zeros(3, 3, dtype=torch.int64)).sum().backward()
 
 
 def test_single_sample_and_single_token():

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from hftcore.calibration import calibrate
     from hftcore.capture import capture_energy
     from hftcore.defenses.antidote import antidote
+    from hftcore.defenses.panacea_perturb import panacea_perturb
     from hftcore.edit import Edit
     from hftcore.energy import Energy
     from hftcore.errors import FingerprintError, HftcoreError, NonFiniteError
@@ -31,6 +32,7 @@ __all__ = [
     "capture_energy",
     "capture_grad_norms",
     "ops",
+    "panacea_perturb",
     "prune",
     "use_backend",
 ]
@@ -47,6 +49,7 @@ _HOMES = {
     "calibrate": "hftcore.calibration",
     "capture_energy": "hftcore.capture",
     "capture_grad_norms": "hftcore.grad_norms",
+    "panacea_perturb": "hftcore.defenses.panacea_perturb",
     "prune": "hftcore.pruning",
     "use_backend": "hftcore.backend",
 }

@@ -77,6 +77,7 @@ def test_the_public_names_are_these():
         "capture_energy",
         "capture_grad_norms",
         "ops",
+        "panacea_perturb",
         "prune",
         "use_backend",
     ]

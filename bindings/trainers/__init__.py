@@ -21,8 +21,10 @@ class Method:
 
 
 _ANTIBODY = "hftcore.bindings.trainers.antibody"
+_PANACEA = "hftcore.bindings.trainers.panacea"
 
 METHODS: dict[str, Method] = {
     "antibody-align": Method(_ANTIBODY, "AntibodyAlignTrainer", "AntibodyAlignConfig", ("harmful_dataset",)),
     "antibody": Method(_ANTIBODY, "AntibodyTrainer", "AntibodyConfig"),
+    "panacea": Method(_PANACEA, "PanaceaTrainer", "PanaceaConfig", ("harmful_dataset",)),
 }

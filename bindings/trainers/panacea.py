@@ -66,7 +66,7 @@ class PanaceaTrainer(DefenceTrainer):
         """As the Trainer's; then the perturbation."""
         result = super().train(*args, **kwargs)
         self.edit = self._perturb()
-        if self.args.should_save:
+        if self.args.should_save and self.args.output_dir is not None:
             self.edit.save(os.path.join(self.args.output_dir, "edit"))
         return result
 

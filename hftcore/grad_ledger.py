@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hftcore.errors import HftcoreError
 from hftcore.grad_rules import EmbeddingRule, LinearRule, Rule
 from hftcore.kernels import gradients
 from hftcore.ops.gradients import embedding_grad_norms_sq, grad_norms_sq
@@ -24,6 +25,7 @@ class Ledger:
         self._squares: dict[str, Tensor] = {}
         self._vectors: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
+        self._seen: dict[str, int] = {}
         self._ids: dict[str, list[Tensor]] = {}
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
         self._heads: dict[str, tuple[Tensor, Tensor]] = {}
@@ -37,20 +39,29 @@ class Ledger:
             self._ids.setdefault(rule.key("weight"), []).append(ids)
 
     def record(self, rule: Rule, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-        """Take the pair of one call, x [B, T, N] (ids [B, T]) and g [B, T, M]; returns the gradients that are not autograd's to form."""
+        """Take the pair of one call, x [B, T, N] (ids [B, T]) and g [B, T, M]; returns the gradients that are not autograd's to form.
+
+        Raises:
+            HftcoreError: the module was not called as often as that: a second backward pass.
+        """
+        for own in rule.parameters:
+            key = rule.key(own)
+            self._names[key] = rule.parameters[own]
+            self._seen[key] = self._seen.get(key, 0) + 1
+            if self._seen[key] > self._calls[key]:
+                raise HftcoreError(
+                    "a second backward pass ran in one capture_grad_norms block; open a block for each, with its own forward pass"
+                )
         if self.keep:
             self.kept.append((rule, x, g))
         found = {}
         for own, vector in rule.vectors(x, g).items():
             key = rule.key(own)
-            self._names[key] = rule.parameters[own]
             self._vectors[key] = self._vectors[key] + vector if key in self._vectors else vector
             if not self.norms_only:
                 found[own] = vector.sum(dim=0)
         if rule.matrix in rule.parameters:
-            key = rule.key(rule.matrix)
-            self._names[key] = rule.parameters[rule.matrix]
-            gradient = self._matrix(rule, key, x, g)
+            gradient = self._matrix(rule, rule.key(rule.matrix), x, g)
             if gradient is not None:
                 found[rule.matrix] = gradient
         return found
@@ -76,7 +87,7 @@ class Ledger:
     def _matrix(self, rule: Rule, key: str, x: Tensor, g: Tensor) -> Tensor | None:
         """The square goes into the ledger; the gradient comes back if it is wanted here."""
         wants_gradient = isinstance(rule, LinearRule) and not self.norms_only
-        calls, ids = self._calls.get(key, 0), self._ids.get(key, ())
+        calls, ids = self._calls[key], self._ids.get(key, ())
         if calls == 2 and len(ids) == 1 and key not in self._waiting:
             if isinstance(rule, LinearRule):
                 # of the head's gradient the embedding needs no more than the columns it looked up

@@ -1,6 +1,7 @@
 """Of which loss of a sample the gradient is taken, and what turns its share of a batch's gradient into that."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,8 @@ class SampleLoss:
     def __init__(self, kind: str, loss_scale: float):
         if kind not in LOSSES:
             raise HftcoreError(f"loss must be one of {', '.join(LOSSES)}, got {kind!r}")
-        if not loss_scale > 0:
-            raise HftcoreError(f"loss_scale must be positive, got {loss_scale}")
+        if not 0 < loss_scale < math.inf:
+            raise HftcoreError(f"loss_scale must be a positive number, got {loss_scale}")
         self.kind = kind
         self.loss_scale = float(loss_scale)
         self.is_known = False

@@ -102,8 +102,9 @@ class GradNorms:
         if not self._ledger.keep:
             raise HftcoreError("norms.backward needs capture_grad_norms(model, keep=True): inputs were not kept")
         self._scaled_squares()
-        if weights.shape != (self._loss.samples,) or not bool(weights.isfinite().all()):
-            raise HftcoreError(f"weights must be finite, of shape ({self._loss.samples},), got {weights}")
+        shape = (self._loss.samples,)
+        if not isinstance(weights, Tensor) or weights.shape != shape or not bool(weights.isfinite().all()):
+            raise HftcoreError(f"weights must be a finite tensor of shape {shape}, one value a sample, got {weights}")
         for rule, x, g in self._ledger.kept:
             factor = (weights.to(g.device).double() * self._loss.scale(g.device)).to(accumulator(g.dtype))
             weighted = g.to(factor.dtype) * factor[:, None, None]

@@ -375,6 +375,28 @@ def test_model_is_left_as_it_was(raised):
     assert all(not parameter._backward_hooks for parameter in model.parameters())
 
 
+def test_nothing_but_unsupervised_samples_have_norm_zero():
+    model, one = tiny_model("llama"), batch((7, 4))
+    with pytest.warns(UserWarning, match=r"samples \[0, 1\] have no supervised token"):
+        norms = run(model, one | {"labels": torch.full_like(one["labels"], -100)})
+    assert norms.per_sample.tolist() == [0.0, 0.0]
+
+
+def test_nan_in_the_gradient_alone_is_refused():
+    model, one = tiny_model("llama"), batch((7, 4))
+    with pytest.raises(NonFiniteError, match="NaN or infinite for sample 0"), capture_grad_norms(model):
+        (model(**one).loss * float("nan")).backward()
+
+
+def test_second_backward_pass_is_refused():
+    model, one = tiny_model("llama"), batch((7, 4))
+    with capture_grad_norms(model):
+        value = model(**one).loss
+        value.backward(retain_graph=True)
+        with pytest.raises(HftcoreError, match="a second backward pass"):
+            value.backward()
+
+
 def test_nan_is_refused_by_name():
     model, one = tiny_model("llama"), batch((7, 4))
     with torch.no_grad():
@@ -387,10 +409,15 @@ def test_refusals_say_what_to_do():
     model, one = tiny_model("llama"), batch((7, 4))
     with pytest.raises(HftcoreError, match="loss must be one of mean, sum, share, got 'median'"):
         run(model, one, loss="median")
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(HftcoreError, match="loss_scale must be a positive number, got"):
+            run(model, one, loss_scale=scale)
     with capture_grad_norms(model):
         model(**one).loss.backward()
         with pytest.raises(HftcoreError, match="called a second time"):
             model(**one)
+    with pytest.raises(HftcoreError, match=r"labels of shape \[2, 7\], got \(1, 7\)"):
+        run(model, one | {"labels": one["labels"][:1]})
     with pytest.raises(HftcoreError, match="no backward pass ran"), capture_grad_norms(model):
         model(**one)
     with pytest.raises(HftcoreError, match="needs the model to be called with labels"), capture_grad_norms(model):
@@ -401,8 +428,12 @@ def test_refusals_say_what_to_do():
     with pytest.raises(HftcoreError, match="keep=True"):
         norms.backward(torch.ones(2))
     kept = run(model, one, keep=True)
-    with pytest.raises(HftcoreError, match=r"weights must be finite, of shape \(2,\)"):
+    with pytest.raises(HftcoreError, match=r"weights must be a finite tensor of shape \(2,\)"):
         kept.backward(torch.ones(3))
+    before = gradients(model)
+    with pytest.raises(HftcoreError, match=r"weights must be a finite tensor of shape \(2,\).*nan"):
+        kept.backward(torch.tensor([1.0, float("nan")]))
+    assert all(torch.equal(before[name], value) for name, value in gradients(model).items())
 
 
 def test_backward_after_the_block_is_refused():

@@ -8,18 +8,35 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hftcore.backend import use_backend
-from hftcore.bench import results
+from hftcore.bench import results, scaling, tuning
 from hftcore.bench.cases import CASES
-from hftcore.bench.measure import Effort, chosen, run
+from hftcore.bench.job import FLOATS
+from hftcore.bench.measure import Effort, chosen, run, sweep
+from hftcore.bench.models import LARGE
 from hftcore.errors import HftcoreError
 
 MINUTES = 8.5
-TEST_SECONDS = 180
+TEST_SECONDS = 150
 TESTS = Path(__file__).resolve().parent.parent / "tests"
+# what is most worth knowing comes first: a session that runs out of time loses the end
+FIRST = (
+    ("prune_rows", "1gb"),
+    ("prune_rows", "llama-7b.up_proj"),
+    ("prune_matrix", "1gb"),
+    ("column_energy", "tokens-mlp"),
+    ("grad_norms_sq", "samples-7b T2048"),
+    ("prune_2_4", "llama-7b.up_proj"),
+    ("prune_mask", "llama-7b.up_proj"),
+    ("sequence_logprobs", "llama-3-8b.head"),
+    ("calibrate bf16", "llama-3-8b"),
+    ("antidote bf16", "llama-3-8b"),
+)
+Say = Callable[[str], None]
 
 
 def require_gpu() -> None:
@@ -35,16 +52,18 @@ def require_gpu() -> None:
         )
 
 
-def session(out: Path | None, rehearse: bool, say: Callable[[str], None]) -> tuple[Path, bool]:
-    """Run the GPU-marked tests where the checkout has them, then every case, and write a result file.
+def session(out: Path | None, rehearse: bool, tune: bool, say: Say, minutes: float = MINUTES) -> tuple[Path, bool]:
+    """Run the GPU-marked tests where the checkout has them, then every case, then scaling, and write a result file as they come.
 
     Args:
         out: the result file; None: bench/results/<device>.jsonl under the working directory.
         rehearse: take the same way on CPU tensors of tiny shapes in Triton's interpreter; tests are only collected.
+        tune: after the first cases, time other launch numbers and say which are faster.
         say: takes one line for people.
+        minutes: nothing is started after so many, less the half that a case may take.
 
     Returns:
-        (the result file, whether every test and every case went well).
+        (the result file, whether every test and every case that was reached went well).
 
     Raises:
         HftcoreError: no GPU.
@@ -57,28 +76,56 @@ def session(out: Path | None, rehearse: bool, say: Callable[[str], None]) -> tup
     else:
         require_gpu()
         device = torch.device("cuda")
-    passed = _tests(rehearse, say)
+    deadline = begin + minutes * 60 - 30
     facts = results.run_facts(device)
     if out is None:
         stem = f"rehearsal-{results.file_stem(facts)}" if rehearse else results.file_stem(facts)
         out = Path("bench/results") / f"{stem}.jsonl"
-    wanted = [one for one in chosen() if not rehearse or one[1] == CASES[one[0]].shapes[0]]
-    effort = Effort(is_rehearsal=True) if rehearse else Effort(rounds=15, budget_s=1.0)
+    passed = _tests(rehearse, say)
+    effort = Effort(is_rehearsal=True) if rehearse else Effort(rounds=15, budget_s=0.7)
+
+    def keep(measured: list[results.Measurement]) -> None:
+        results.append(out, measured, facts)
+
+    first, rest = ordered(rehearse)
     # without a GPU the triton backend must be asked for; with one it is what the device gets
     with use_backend("triton") if rehearse else nullcontext():
-        complete = run(
-            wanted,
-            device,
-            effort,
-            lambda measured: results.append(out, measured, facts),
-            say,
-            deadline=begin + MINUTES * 60 - 30,
-        )
+        complete = run(first, device, effort, keep, say, deadline)
+        if tune:
+            for line in tuning.propose(device, effort, deadline):
+                say(line)
+        complete &= run(rest, device, effort, keep, say, deadline)
+        for name in scaling.SWEEPS if not rehearse else list(scaling.SWEEPS)[:1]:
+            if time.monotonic() > deadline:
+                say(f"{name}: left out, the time is up")
+                continue
+            if not name.endswith("by threads"):
+                keep(sweep(name, torch.bfloat16, device, effort))
+                say(f"{name}: done")
     say(f"{time.monotonic() - begin:.0f} s in all")
     return out, passed and complete
 
 
-def _tests(rehearse: bool, say: Callable[[str], None]) -> bool:
+def ordered(rehearse: bool) -> tuple[list[Any], list[Any]]:
+    """What to measure: (the most important, the rest); in a rehearsal the first shape of every case.
+
+    On a GPU, bfloat16 comes before float32, and models too small for one are left out.
+    """
+    every = chosen()
+    if rehearse:
+        return [], [one for one in every if one[1] == CASES[one[0]].shapes[0]]
+    wanted = [one for one in every if _is_for_gpus(*one)]
+    first = [one for where in FIRST for one in wanted if one[:2] == where and one[2] == torch.bfloat16]
+    rest = [one for one in wanted if one not in first]
+    return first, sorted(rest, key=lambda one: FLOATS.index(one[2]) == 0)
+
+
+def _is_for_gpus(name: str, shape: str, dtype: torch.dtype) -> bool:
+    tiny = shape == CASES[name].shapes[0] and not name.startswith("dispatch")
+    return not tiny and (not name.startswith(("calibrate", "antidote", "wanda")) or shape in LARGE)
+
+
+def _tests(rehearse: bool, say: Say) -> bool:
     if not TESTS.is_dir() or importlib.util.find_spec("pytest") is None:
         say("tests: left out, " + ("pytest is not installed" if TESTS.is_dir() else "this installation has no tests/"))
         return True

@@ -3,21 +3,25 @@
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from hftcore.backend import backend_for
+from hftcore.bench import scaling
 from hftcore.bench.cases import CASES
+from hftcore.bench.graphs import kernels_alone
 from hftcore.bench.job import QUICK, Job, UnavailableError, shape_of
 from hftcore.bench.memory import extra_bytes
 from hftcore.bench.results import Measurement
 from hftcore.bench.timing import Canary, Clock, Neighbours, interleave, is_noisy, summary
+from hftcore.bench.worker import Remote, WorkerError
 from hftcore.errors import HftcoreError
 
 OURS = "hftcore"
+ALONE = "hftcore's kernels alone"
 
 
 class DisagreementError(Exception):
@@ -67,78 +71,169 @@ def _call_into(returned: list[Any], call: Callable[[], Any]) -> None:
 def compare(job: Job, device: torch.device) -> dict[str, int | None]:
     """Extra memory of our call and of each peer's, after our answer was checked and every peer gave the same.
 
+    A peer of another process that fails or answers otherwise is moved to `job.missing` with what happened: a package's own doing.
+
     Raises:
-        DisagreementError: names the peer.
+        DisagreementError: our answer, or that of a peer written for this suite, is wrong.
     """
     extra = {}
     answers = []
     for name, call in {OURS: job.ours, **job.peers}.items():
         job.restore()
         returned: list[Any] = []
-        extra[name] = extra_bytes(partial(_call_into, returned, call), device)
-        answers.append(job.answer(returned.pop()))
+        try:
+            # another process tells its answer and its memory apart
+            extra[name] = extra_bytes(partial(_call_into, returned, call), device)
+            if isinstance(call, Remote):
+                extra[name] = call.extra_bytes()
+        except WorkerError as error:
+            job.missing[name] = str(error)
+            del job.peers[name]
+            continue
+        answers.append(returned.pop() if isinstance(call, Remote) else job.answer(returned.pop()))
         if name == OURS:
             try:
                 job.check(answers[0])
             except ValueError as error:
                 raise DisagreementError(str(error)) from error
-        elif not job.agrees(answers[0], answers.pop()):
-            raise DisagreementError(f"the answer of {name} differs from ours")
+        elif not job.agrees(answers[0], theirs := answers.pop()):
+            if not isinstance(call, Remote):
+                raise DisagreementError(f"the answer of {name} differs from ours")
+            job.missing[name] = f"another answer: {difference(answers[0], theirs)}"
+            del job.peers[name]
     job.restore()
     return extra
 
 
+def difference(ours: Any, theirs: Any) -> str:
+    """In words, how far two answers lie apart.
+
+    >>> difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]))
+    'up to 0.5 of our values'
+    >>> difference({"a": torch.tensor([0.0, 2.0])}, {"a": torch.tensor([1.0, 2.0])})
+    '50 % of the values of a'
+    """
+    if isinstance(ours, dict):
+        parts = {name: float((ours[name] != theirs[name]).float().mean()) for name in ours if name in theirs}
+        worst = max(parts, key=parts.__getitem__, default="nothing that both have")
+        return f"{100 * parts.get(worst, 1.0):.3g} % of the values of {worst}"
+    if ours.shape != theirs.shape:
+        return f"shape {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
+    return f"up to {float(((ours - theirs) / ours).abs().max()):.3g} of our values"
+
+
 def measure(name: str, shape: str, dtype: torch.dtype, device: torch.device, effort: Effort) -> list[Measurement]:
-    """All variants of one case, ours first.
+    """All variants of one case, ours first, and the peers that are missing.
 
     Raises:
         UnavailableError: the case cannot run here.
         DisagreementError: an answer is wrong; nothing was timed.
     """
-    case = CASES[name]
-    job = case.prepare(shape, dtype, device)
+    job = CASES[name].prepare(shape, dtype, device)
+    try:
+        return _measured(job, name, shape, dtype, device, effort)
+    finally:
+        job.close()
+
+
+def _measured(
+    job: Job, name: str, shape: str, dtype: torch.dtype, device: torch.device, effort: Effort
+) -> list[Measurement]:
     if not job.is_long:
         job.ours()
     gc.collect()
     extra = compare(job, device)
     kinds = {OURS: "ours"} | dict.fromkeys(job.peers, "peer") | dict.fromkeys(job.ceilings, "ceiling")
     variants: dict[str, Callable[[], Any]] = {OURS: job.ours, **job.peers, **job.ceilings}
-    for call in job.ceilings.values() if not job.is_long else ():
-        call()
+    for variant, call in job.ceilings.items():
+        job.restore()
+        extra[variant] = extra_bytes(call, device)
+    if device.type == "cuda" and not job.is_long:
+        job.restore()
+        alone = kernels_alone(job.ours)
+        if alone is not None:
+            variants[ALONE], kinds[ALONE] = alone, "kernels"
     clock = Clock(device)
     canary, neighbours = Canary(clock), Neighbours()
     rounds, inner = (1, 1) if effort.is_rehearsal else (job.rounds or effort.rounds, job.inner)
     times = interleave(variants, clock, job.restore, rounds, effort.budget_s, inner, canary)
     job.restore()
+    size = shape_of(shape, dtype)
+    work = CASES[name].work
+    ideal = work(size, dtype.itemsize) if work else None
+    common = _common(name, shape, list(size), dtype, device, canary, neighbours) | {
+        "bytes_moved": ideal.bytes if ideal else None,
+        "products": ideal.products if ideal else None,
+    }
+    return [
+        *(timed(common, variant, kind, times[variant], extra.get(variant)) for variant, kind in kinds.items()),
+        *(missing(common, variant, reason) for variant, reason in job.missing.items()),
+    ]
+
+
+def _common(
+    name: str,
+    shape: str,
+    size: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    canary: Canary,
+    neighbours: Neighbours,
+) -> dict[str, Any]:
     slowdown, others = canary.slowdown(), neighbours.cores()
-    rows, columns = shape_of(shape, dtype)
-    measurements = []
-    for variant, kind in kinds.items():
-        spread = summary(times[variant])
-        measurements.append(
-            Measurement(
-                case=name,
-                shape=shape,
-                rows=rows,
-                columns=columns,
-                dtype=str(dtype).removeprefix("torch."),
-                device=device.type,
-                backend=backend_for(device.type),
-                threads=torch.get_num_threads(),
-                variant=variant,
-                kind=kind,
-                times_ms=[float(f"{one:.5g}") for one in times[variant]],
-                median_ms=float(f"{spread.median:.5g}"),
-                p20_ms=float(f"{spread.p20:.5g}"),
-                p80_ms=float(f"{spread.p80:.5g}"),
-                bytes_moved=case.bytes_moved(rows, columns, dtype.itemsize) if case.bytes_moved else None,
-                extra_bytes=extra.get(variant),
-                canary=round(slowdown, 3),
-                neighbours=None if others is None else round(others, 2),
-                noisy=is_noisy(slowdown, others),
-            )
-        )
-    return measurements
+    return {
+        "case": name,
+        "shape": shape,
+        "size": size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "backend": backend_for(device.type),
+        "threads": torch.get_num_threads(),
+        "canary": round(slowdown, 3),
+        "neighbours": None if others is None else round(others, 2),
+        "noisy": is_noisy(slowdown, others),
+    }
+
+
+def sweep(name: str, dtype: torch.dtype, device: torch.device, effort: Effort) -> list[Measurement]:
+    """The points of one scaling curve; a point's shape is its value. A rehearsal visits three."""
+    clock = Clock(device)
+    canary, neighbours = Canary(clock), Neighbours()
+    rounds = 1 if effort.is_rehearsal else effort.rounds
+    curve = scaling.SWEEPS[name]
+    if effort.is_rehearsal:
+        curve = replace(curve, values=curve.values[:3])
+    points = scaling.sweep_times(curve, dtype, device, rounds, effort.budget_s, canary)
+    nothing = {"bytes_moved": None, "products": None}
+    return [
+        timed(_common(name, f"{value:g}", [], dtype, device, canary, neighbours) | nothing, OURS, "ours", times, None)
+        for value, times in points.items()
+    ]
+
+
+def timed(common: dict[str, Any], variant: str, kind: str, times: list[float], extra: int | None) -> Measurement:
+    """One variant's line."""
+    spread = summary(times)
+    return Measurement(
+        **common,
+        variant=variant,
+        kind=kind,
+        times_ms=[_short(one) for one in times],
+        median_ms=_short(spread.median),
+        p20_ms=_short(spread.p20),
+        p80_ms=_short(spread.p80),
+        extra_bytes=extra,
+    )
+
+
+def missing(common: dict[str, Any], variant: str, reason: str) -> Measurement:
+    """The line of a peer that could not run."""
+    nothing: dict[str, Any] = dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "extra_bytes"))
+    return Measurement(**common, **nothing, variant=variant, kind="missing", times_ms=[], reason=reason)
+
+
+def _short(time: float) -> float:
+    return float(f"{time:.5g}")
 
 
 def run(
@@ -176,6 +271,6 @@ def run(
             complete = False
             continue
         keep(measurements)
-        listed = ", ".join(f"{one.variant} {one.median_ms:.4g} ms" for one in measurements)
+        listed = ", ".join(f"{one.variant} {one.median_ms:.4g} ms" for one in measurements if one.median_ms is not None)
         say(f"{label}: {listed}{' (noisy)' if measurements[0].noisy else ''}")
     return complete

@@ -23,17 +23,17 @@ class Measurement:
     """One variant of one case at one shape and dtype.
 
     Fields:
-        kind: "ours", "peer" or "ceiling".
+        size: as of `job.shape_of`.
+        kind: "ours", "peer", "ceiling"; or "missing", a peer that could not run, for the `reason`, and has no times.
         times_ms: by round; round i of all variants of a case ran together.
-        bytes_moved: what an ideal kernel moves for this case, or None.
+        bytes_moved, products: what an ideal kernel moves and multiplies for this case, or None.
         extra_bytes: peak memory above the start, or None where it is not known.
         canary: slowdown of a fixed computation timed along; neighbours: cores other processes kept busy, or None.
     """
 
     case: str
     shape: str
-    rows: int
-    columns: int
+    size: list[int]
     dtype: str
     device: str
     backend: str
@@ -41,14 +41,16 @@ class Measurement:
     variant: str
     kind: str
     times_ms: list[float]
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
+    median_ms: float | None
+    p20_ms: float | None
+    p80_ms: float | None
     bytes_moved: int | None
+    products: int | None
     extra_bytes: int | None
     canary: float
     neighbours: float | None
     noisy: bool
+    reason: str | None = None
 
 
 def append(path: Path, measurements: Iterable[Measurement], facts: dict[str, Any]) -> None:
@@ -66,15 +68,20 @@ def load(path: Path) -> list[dict[str, Any]]:
     """The lines of a result file; of several measurements of the same thing the last.
 
     Raises:
-        ValueError: a line is not a measurement.
+        ValueError: a line is not a measurement, or the lines are of several machines, whose times make no ratios.
     """
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             one = json.loads(line)
+            if "size" not in one:  # as files were written before shapes could have more than two sizes
+                one["size"] = [one.pop("rows"), one.pop("columns")]
             newest[tuple(str(one[key]) for key in ("case", "shape", "dtype", "device", "backend", "variant"))] = one
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} of {path.name} is not a measurement of hftcore-bench: {error}") from None
+    machines = {json.dumps(one.get("machine"), sort_keys=True) for one in newest.values()}
+    if len(machines) > 1:
+        raise ValueError(f"{path.name} holds results of {len(machines)} machines; keep one file for each")
     return list(newest.values())
 
 

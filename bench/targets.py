@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, Literal
 
-from hftcore.bench.ceiling import IN_PLACE
+from hftcore.bench.ceiling import IN_PLACE, READ, share
 from hftcore.bench.measure import OURS
-from hftcore.bench.timing import paired_ratio
+from hftcore.bench.steps import PLAIN_STEP
+from hftcore.bench.timing import paired
 from hftcore.bench.whole import BARE, PLAIN
 
+Quantity = Literal["ratio", "speedup", "difference_us", "share", "extra_mb", "extra_ratio"]
 Find = Callable[[str], "dict[str, Any] | None"]  # variant -> its measurement in the case the target is about
 
 
@@ -19,15 +20,16 @@ class Target:
 
     Fields:
         quantity: "ratio" is our time over that of `against`, "speedup" its time over ours, "difference_us" ours minus its in
-            microseconds, "extra_mb" our peak memory above the start in megabytes.
-        limit: at most this; for "speedup" at least.
+            microseconds, "share" that of the ceiling in percent, "extra_mb" our peak memory above the start in megabytes, "extra_ratio"
+            that over the peak of `against`.
+        limit: at most this; for "speedup" and "share" at least.
         threads: the promise is for so many threads; None for any.
     """
 
     case: str
     shape: str
     dtype: str
-    quantity: Literal["ratio", "speedup", "difference_us", "extra_mb"]
+    quantity: Quantity
     limit: float
     against: str = ""
     device: str = "cpu"
@@ -43,33 +45,42 @@ class Target:
             "ratio": f"at most {self.limit:g} x the time of {self.against}",
             "speedup": f"at least {self.limit:g} x faster than {self.against}",
             "difference_us": f"at most {self.limit:g} us above {self.against}",
+            "share": f"at least {self.limit:g} % of the ceiling",
             "extra_mb": f"less than {self.limit:g} MB of extra memory",
+            "extra_ratio": f"at most {self.limit:g} x the extra memory of {self.against}",
         }
         return f"{self.case} {self.shape} {self.dtype}: {words[self.quantity]}"
 
-    def value(self, find: Find, fastest: bool = False) -> float | None:
-        """The measured quantity; None where a measurement is missing.
-
-        Args:
-            fastest: of the fastest round of each side, which says more than the median about what a busy machine could do.
-        """
+    def values(self, find: Find) -> list[float]:
+        """The measured quantity, by round where there are rounds; empty where a measurement is missing."""
         ours, other = find(OURS), find(self.against)
-        if ours is None or (self.against and other is None):
-            return None
+        if ours is None or (self.against and (other is None or not other["times_ms"])):
+            return []
         if self.quantity == "extra_mb":
-            return None if ours["extra_bytes"] is None else ours["extra_bytes"] / 1e6
-        mine, theirs = ours["times_ms"], other["times_ms"] if other else []
-        if fastest:
-            mine, theirs = [min(mine)], [min(theirs)]
+            return [] if ours["extra_bytes"] is None else [ours["extra_bytes"] / 1e6]
+        if self.quantity == "extra_ratio":
+            extra = (ours["extra_bytes"], other["extra_bytes"] if other else None)
+            return [extra[0] / extra[1]] if extra[0] is not None and extra[1] else []
+        if self.quantity == "share":
+            part = share(ours, find)
+            return [] if part is None else [100 * part]
+        return self._of_times(ours["times_ms"], other["times_ms"] if other else [])
+
+    def fastest(self, find: Find) -> float | None:
+        """The quantity of the fastest round of each side, which says more than the median about what a busy machine could do."""
+        ours, other = find(OURS), find(self.against)
+        if ours is None or other is None or self.quantity not in ("ratio", "speedup", "difference_us"):
+            return None
+        return self._of_times([min(ours["times_ms"])], [min(other["times_ms"])])[0]
+
+    def _of_times(self, mine: list[float], theirs: list[float]) -> list[float]:
         if self.quantity == "difference_us":
-            return 1e3 * median(a - b for a, b in zip(mine, theirs, strict=False))
-        if self.quantity == "speedup":
-            return paired_ratio(theirs, mine)
-        return paired_ratio(mine, theirs)
+            return [1e3 * (a - b) for a, b in zip(mine, theirs, strict=False)]
+        return paired(theirs, mine) if self.quantity == "speedup" else paired(mine, theirs)
 
     def is_met(self, value: float) -> bool:
         """Whether a measured quantity keeps the promise."""
-        return value >= self.limit if self.quantity == "speedup" else value <= self.limit
+        return value >= self.limit if self.quantity in ("speedup", "share") else value <= self.limit
 
 
 def _in_place(case: str, dtype: str, ratio: float) -> Sequence[Target]:
@@ -77,6 +88,19 @@ def _in_place(case: str, dtype: str, ratio: float) -> Sequence[Target]:
         Target(case, "1gb", dtype, "ratio", ratio, IN_PLACE),
         Target(case, "1gb", dtype, "extra_mb", 8),
     )
+
+
+def _step(case: str, shape: str, ratio: float) -> Sequence[Target]:
+    return (
+        Target(case, shape, "float32", "ratio", ratio, PLAIN_STEP),
+        Target(case, shape, "float32", "extra_ratio", 1.05, PLAIN_STEP),
+        Target(case, shape, "float32", "speedup", 1, "Opacus ghost clipping"),
+        Target(case, shape, "float32", "extra_ratio", 1, "Opacus ghost clipping"),
+    )
+
+
+def _gpu(case: str, shape: str, quantity: Quantity, limit: float, against: str = "") -> Target:
+    return Target(case, shape, "bfloat16", quantity, limit, against, device="cuda", threads=None)
 
 
 TARGETS: tuple[Target, ...] = (
@@ -95,6 +119,20 @@ TARGETS: tuple[Target, ...] = (
     Target("antidote", "smollm2", "float32", "ratio", 1.1, PLAIN),
     Target("dispatch_column_energy", "dispatch", "float32", "difference_us", 6, BARE, threads=None),
     Target("dispatch_prune", "dispatch", "float32", "difference_us", 6, BARE, threads=None),
-    Target("prune_rows", "1gb", "bfloat16", "ratio", 2.5, IN_PLACE, device="cuda", threads=None),
-    Target("prune_rows", "llama-7b.up_proj", "bfloat16", "speedup", 15, "Wanda-code sort", device="cuda", threads=None),
+    *_step("step grad norms", "small-llama T128", 1.05),
+    *_step("step grad norms", "small-llama T512", 1.10),
+    *_step("step grad norms only", "small-llama T128", 0.75),
+    *_step("step grad norms only", "small-llama T512", 0.95),
+    # 5 % of the float32 logits of 4 x 128 tokens and a vocabulary of 49,152
+    Target("sequence_logprobs", "smollm2.head", "float32", "extra_mb", 5.03),
+    Target("sequence_logprobs", "smollm2.head", "float32", "speedup", 1, "logits + log_softmax"),
+    Target("sequence_logprobs", "smollm2.head", "bfloat16", "extra_mb", 5.03),
+    Target("sequence_logprobs", "smollm2.head", "bfloat16", "speedup", 1, "logits + log_softmax"),
+    # shares of a rate as ratios of times: 75 %, 45 % and 85 %
+    _gpu("prune_rows", "1gb", "ratio", 1.33, IN_PLACE),
+    _gpu("prune_matrix", "1gb", "ratio", 2.22, IN_PLACE),
+    _gpu("column_energy", "tokens-mlp", "ratio", 1.18, READ),
+    _gpu("prune_rows", "llama-7b.up_proj", "speedup", 15, "Wanda-code sort"),
+    _gpu("calibrate bf16", "llama-3-8b", "ratio", 1.03, PLAIN),
+    _gpu("grad_norms_sq", "samples-7b T2048", "share", 50),
 )

@@ -1,8 +1,9 @@
-"""Jobs that are not one kernel: the cost of dispatch, and Antidote in one call."""
+"""Jobs that are not one kernel: the cost of dispatch, and whole calls on a model."""
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,10 @@ import hftcore
 from hftcore import ops
 from hftcore.backend import implementation
 from hftcore.bench import peers
-from hftcore.bench.job import Job, UnavailableError, shape_of
+from hftcore.bench.ceiling import OP
+from hftcore.bench.job import Job, shape_of
+from hftcore.bench.models import LARGE, model_of, tokens_of
 from hftcore.layers import find_layers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 BARE = "bare kernel calls"
 PLAIN = "one plain pass"
@@ -23,6 +23,7 @@ DENSE_RATIO = 0.1
 BATCH = 8
 CALLS = 20
 ROUNDS = 60  # short and many, so that both sides of a pair see the same moment
+Batches = list[dict[str, Tensor]]
 
 
 def dispatch_job(op: str) -> Callable[[str, torch.dtype, torch.device], Job]:
@@ -46,62 +47,37 @@ def dispatch_job(op: str) -> Callable[[str, torch.dtype, torch.device], Job]:
             "prune_": (lambda: ops.prune_(data, ones, pattern), bare_prune),
         }
         ours, bare = calls[op]
-        return Job(ours, {BARE: bare}, restore=lambda: None, agrees=torch.equal, inner=CALLS, rounds=ROUNDS)
+        return Job(
+            ours,
+            {BARE: bare},
+            restore=lambda: None,
+            agrees=torch.equal,
+            ceilings={OP: lambda: ones.mul_(1)},
+            inner=CALLS,
+            rounds=ROUNDS,
+        )
 
     return prepare
 
 
-def antidote_job(shape: str, dtype: torch.dtype, device: torch.device) -> Job:
-    """Prepares `hftcore.antidote` on random tokens; "tiny-llama" has two layers and is also compared with the published way.
+@dataclass(frozen=True)
+class ModelJob:
+    """A call on a whole model and its batches.
 
-    Raises:
-        UnavailableError: the embedded model is not installed.
+    Fields:
+        call: ours; returns an Edit to be reverted, an Energy, or nothing.
+        published: the way of the published codes.
+        changes: whether weights change, so that they are compared and brought back.
     """
-    tiny = shape == "tiny-llama"
-    samples, tokens = shape_of(shape, dtype)
-    model = _tiny_llama() if tiny else _embedded(dtype)
-    nn.Module.to(model, device)
-    ids = torch.randint(0, model.config.vocab_size, (samples, tokens), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.to(device).split(BATCH)]
-    layers = find_layers(model)
-    original = {layer.name: layer.weight.clone() for layer in layers} if tiny else {}
-    edits: list[hftcore.Edit] = []
 
-    def ours() -> None:
-        with warnings.catch_warnings():
-            # it warns of what it does to a model with merged weights; only its time is the question here
-            warnings.simplefilter("ignore", UserWarning)
-            edits.append(hftcore.antidote(model, batches, dense_ratio=DENSE_RATIO))
-
-    def plain() -> None:
-        with torch.no_grad():
-            for batch in batches:
-                model(**batch)
-
-    def restore() -> None:
-        while edits:
-            edits.pop().revert(model)
-        for layer in layers if tiny else ():
-            layer.weight.copy_(original[layer.name])
-
-    def agrees(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-        # energies summed in another order differ in the last bit, which can turn one weight in thousands
-        return all(float((ours[name] == theirs[name]).float().mean()) > 0.999 for name in ours)
-
-    return Job(
-        ours,
-        {"published way": lambda: _published_antidote(model, batches)} if tiny else {},
-        restore,
-        agrees,
-        answer=lambda _: {layer.name: layer.weight.clone() for layer in layers},
-        ceilings={PLAIN: plain},
-        rounds=2,
-        is_long=not tiny,
-    )
+    about: str
+    call: Callable[[nn.Module, Batches], Any]
+    published: Callable[[nn.Module, Batches], Any]
+    changes: bool = True
 
 
-def _published_antidote(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
-    """Hooks that sum squares, a stable sort of every row, the top share zeroed."""
+def published_energies(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
+    """Hooks that sum the squares of a float32 copy, one for each layer, and the whole model with its head."""
     targets = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
     }
@@ -114,37 +90,121 @@ def _published_antidote(model: nn.Module, batches: list[dict[str, Tensor]]) -> N
         return hook
 
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in targets.items()]
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+    finally:
         for handle in handles:
             handle.remove()
-        for name, module in targets.items():
-            columns = module.weight.shape[1]
-            kept = peers.removed_by_row_sort(module.weight, energy[name], int(columns * (1 - DENSE_RATIO)))
-            module.weight[~kept] = 0
+    return energy
 
 
-def _tiny_llama() -> "PreTrainedModel":
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    return LlamaForCausalLM(config).eval()
+def _published_prune(model: nn.Module, batches: Batches, share: float, lowest: bool) -> None:
+    """Energies, then a stable sort of every row and a masked zero."""
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name, energy in published_energies(model, batches).items():
+            weight = modules[name].weight
+            low = peers.removed_by_row_sort(weight, energy, int(weight.shape[1] * share))
+            weight[low if lowest else ~low] = 0
 
 
-def _embedded(dtype: torch.dtype) -> "PreTrainedModel":
-    from hftcore.bindings import embedded
+def _published_model_scope(model: nn.Module, batches: Batches) -> None:
+    """Energies, every score of the model in one tensor, torch.kthvalue of it as the threshold."""
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        energies = published_energies(model, batches)
+        scores = [peers.scores(modules[name].weight, energy) for name, energy in energies.items()]
+        every = torch.cat([score.flatten() for score in scores])
+        threshold = every.kthvalue(every.numel() // 2).values
+        for name, score in zip(energies, scores, strict=True):
+            modules[name].weight.masked_fill_(score <= threshold, 0.0)
 
-    if not embedded.is_available():
-        raise UnavailableError(f"the embedded model is not installed; run: {embedded.INSTALL}")
-    model, _ = embedded.load(dtype)
-    return model
+
+def _antidote(model: nn.Module, batches: Batches) -> hftcore.Edit:
+    with warnings.catch_warnings():
+        # it warns of what it does to a model with merged weights; only its time is the question here
+        warnings.simplefilter("ignore", UserWarning)
+        return hftcore.antidote(model, batches, dense_ratio=DENSE_RATIO)
+
+
+def _wanda(model: nn.Module, batches: Batches, scope: Any = "row") -> hftcore.Edit:
+    return hftcore.prune(model, hftcore.calibrate(model, batches), hftcore.Pattern("50%", scope=scope))
+
+
+JOBS: dict[str, ModelJob] = {
+    "calibrate": ModelJob("hftcore.calibrate", hftcore.calibrate, published_energies, changes=False),
+    "antidote": ModelJob(
+        "hftcore.antidote",
+        _antidote,
+        lambda model, batches: _published_prune(model, batches, 1 - DENSE_RATIO, lowest=False),
+    ),
+    "wanda": ModelJob(
+        "hftcore.calibrate and hftcore.prune, 50 % of every row",
+        _wanda,
+        lambda model, batches: _published_prune(model, batches, 0.5, lowest=True),
+    ),
+    "wanda model scope": ModelJob(
+        "hftcore.calibrate and hftcore.prune, 50 % of the whole model",
+        lambda model, batches: _wanda(model, batches, "model"),
+        _published_model_scope,
+    ),
+}
+
+
+def model_job(job: ModelJob) -> Callable[[str, torch.dtype, torch.device], Job]:
+    """Prepares a call on random tokens. The published way stands beside it where the model is small or on a GPU."""
+
+    def prepare(shape: str, dtype: torch.dtype, device: torch.device) -> Job:
+        samples, tokens = shape_of(shape, dtype)
+        model = model_of(shape, dtype, device)
+        ids = tokens_of(model, samples, tokens, device)
+        batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(BATCH)]
+        # a second copy of a large model would not fit, so only energies can be compared there
+        is_compared = shape != "smollm2" and not (job.changes and shape in LARGE)
+        layers = find_layers(model) if is_compared and job.changes else []
+        original = {layer.name: layer.weight.clone() for layer in layers}
+        edits: list[hftcore.Edit] = []
+
+        def ours() -> Any:
+            done = job.call(model, batches)
+            if isinstance(done, hftcore.Edit):
+                edits.append(done)
+            return done
+
+        def plain() -> None:
+            with torch.no_grad():
+                for batch in batches:
+                    model(**batch)
+
+        def restore() -> None:
+            while edits:
+                edits.pop().revert(model)
+            with torch.no_grad():
+                for layer in layers:
+                    layer.weight.copy_(original[layer.name])
+
+        def answer(done: Any) -> dict[str, Tensor]:
+            return {layer.name: layer.weight.clone() for layer in layers} if job.changes else dict(done)
+
+        def agrees(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+            if not job.changes:
+                # the published way has no hooks for fused experts, and one for each router
+                return all(torch.allclose(ours[name], theirs[name], rtol=1e-3) for name in theirs if name in ours)
+            # energies summed in another order differ in the last bit, which can turn one weight in thousands
+            return all(float((ours[name] == theirs[name]).float().mean()) > 0.999 for name in ours)
+
+        return Job(
+            ours,
+            {"published way": lambda: job.published(model, batches)} if is_compared else {},
+            restore,
+            agrees,
+            answer=answer,
+            missing={} if is_compared else {"published way": "sits out the largest models, for its time and memory"},
+            ceilings={PLAIN: plain},
+            rounds=2 if device.type == "cpu" else 5,
+            is_long=shape != "tiny-llama",
+        )
+
+    return prepare

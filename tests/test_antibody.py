@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_trainers import config, samples, weights
+from test_trainers import config, in_two_processes, samples, weights
 from tiny_models import VOCABULARY, one_thread, tiny_model, with_lora  # noqa: F401
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -322,9 +322,7 @@ def test_both_answers_are_as_likely_in_one_sequence_as_each_alone(name, side):
     assert likelihoods.head is not None
     rows = samples(4, seed=5)
     batch = collated(rows, "branched", side)
-    together = likelihoods.read(model, batch)
-    target, _ = together.logprobs(batch["target_next"])
-    refused, counts = together.logprobs(batch["refusal_next"])
+    (target, _), (refused, counts) = likelihoods.logprobs(model, batch, batch["target_next"], batch["refusal_next"])
     for index, row in enumerate(rows):
         prompt, answer = parts(row)
         refusal = REFUSAL_IDS[index % 3]
@@ -351,7 +349,7 @@ def test_gemma_2_with_a_window_beyond_the_batch_shares_the_prompt_and_caps_its_l
     batch = collated(rows, "branched")
     assert likelihoods.obstacle is None
     assert likelihoods.head is not None
-    target, _ = likelihoods.read(model, batch).logprobs(batch["target_next"])
+    ((target, _),) = likelihoods.logprobs(model, batch, batch["target_next"])
     for index, row in enumerate(rows):
         assert float(target[index]) == pytest.approx(-float(nll(model, *parts(row))), rel=1e-5)
 
@@ -375,7 +373,7 @@ def test_models_that_cannot_share_a_prompt_are_found_out_and_computed_plainly(tm
         assert likelihoods.obstacle is not None
         rows = samples(3, seed=5)
         batch, _ = split(collated(rows, "separate"))
-        sums, _ = likelihoods.read(made, batch).logprobs(following(batch["labels"]))
+        ((sums, _),) = likelihoods.logprobs(made, batch, following(batch["labels"]))
         for index, row in enumerate(rows):
             assert float(sums[index]) == pytest.approx(-float(nll(made, *parts(row))), rel=1e-4)
 
@@ -395,7 +393,7 @@ def test_a_model_that_changes_its_logits_after_the_head_is_read_off_its_logits()
     assert likelihoods.head is None
     row = samples(1, seed=5)[0]
     batch, _ = split(collated([row], "separate"))
-    sums, _ = likelihoods.read(model, batch).logprobs(following(batch["labels"]))
+    ((sums, _),) = likelihoods.logprobs(model, batch, following(batch["labels"]))
     assert float(sums[0]) == pytest.approx(-float(nll(model, *parts(row))), rel=1e-5)
 
 
@@ -624,3 +622,31 @@ def test_the_trainers_are_names_of_the_package_loaded_on_first_use():
     assert {"AntibodyAlignTrainer", "AntibodyConfig"} <= set(dir(hftcore.bindings))
     with pytest.raises(AttributeError, match="has no attribute 'NoTrainer'"):
         hftcore.bindings.NoTrainer()
+
+
+def train_three_ways(folder, size):
+    """One step of each trainer; the weights of this process."""
+    common = {"per_device_train_batch_size": size, "ddp_backend": "gloo" if size == 2 else None, "learning_rate": 0.1}
+    norm = {"attenuation": "norm", "tau": 1e9, "scale": "eq12-mean"}
+    found = {}
+    for name, trainer, kind, options, data in (
+        ("align", AntibodyAlignTrainer, AntibodyAlignConfig, {}, {"harmful_dataset": samples(8, seed=1)}),
+        ("step", AntibodyTrainer, AntibodyConfig, {"weights_over": "step"}, {}),
+        ("norm", AntibodyTrainer, AntibodyConfig, norm, {}),
+    ):
+        model = tiny_model("llama")
+        args = sgd(folder, kind, **common, **options)
+        trainer(model, args, train_dataset=samples(8), refusals=REFUSAL_IDS, **data).train()
+        found[name] = weights(model)
+    return found
+
+
+def test_two_processes_take_the_step_of_one_process_with_the_batches_of_both(tmp_path):
+    both = in_two_processes(tmp_path, "import test_antibody as t; found = t.train_three_ways(folder, 2)")
+    start = weights(tiny_model("llama"))
+    for name, alone in train_three_ways(tmp_path / "alone", 4).items():
+        for key, value in alone.items():
+            assert torch.equal(both[0][name][key], both[1][name][key])
+            # float32 gradients of size 0.1 to 10, summed in another order
+            torch.testing.assert_close(both[0][name][key], value, rtol=1e-3, atol=1e-5)
+        assert not torch.allclose(alone["lm_head.weight"], start["lm_head.weight"], atol=1e-3)

@@ -217,35 +217,39 @@ def test_further_columns_are_padded_apart_with_a_mask():
 
 
 SCRIPT = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-torch.set_num_threads(1)
-import test_trainers as t
-from tiny_models import tiny_model
+import os, sys, torch
 from pathlib import Path
-folder = Path(sys.argv[2])
-model = tiny_model("llama")
-size = int(sys.argv[3])
-options = dict(per_device_train_batch_size=size, max_steps=2, ddp_backend="gloo" if size == 2 else None)
-trainer = t.WithSecond(model, t.config(folder, **options), train_dataset=t.samples(8), harmful_dataset=t.samples(8, seed=1))
-trainer.train()
-if trainer.args.process_index == 0:
-    torch.save(t.weights(model), folder / "weights.pt")
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+folder = Path({folder!r})
+{body}
+torch.save(found, folder / (os.environ["RANK"] + ".pt"))
 """
+
+
+def in_two_processes(folder, body):
+    """What each of two processes finds: `body` is code that sets `found`, and may use `folder`."""
+    script = folder / "run.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), body=body))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def train_with_second(folder, size):
+    model = tiny_model("llama")
+    options = {"per_device_train_batch_size": size, "max_steps": 2, "ddp_backend": "gloo" if size == 2 else None}
+    data = {"train_dataset": samples(8), "harmful_dataset": samples(8, seed=1)}
+    WithSecond(model, config(folder, **options), **data).train()
+    return weights(model)
 
 
 def test_two_processes_train_as_one_with_the_batches_of_both(tmp_path):
     """Each pass averages its gradient over the processes, so the update is that of the common batch."""
-    found = []
-    for size, launch in ((4, []), (2, ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"])):
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        script = folder / "run.py"
-        script.write_text(SCRIPT)
-        command = [sys.executable, *launch, str(script), str(Path(__file__).parent), str(folder), str(size)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(torch.load(folder / "weights.pt"))
-    for name in found[0]:
+    both = in_two_processes(tmp_path, "import test_trainers as t; found = t.train_with_second(folder, 2)")
+    alone = train_with_second(tmp_path / "alone", 4)
+    for name, value in alone.items():
+        assert torch.equal(both[0][name], both[1][name])
         # sums of other orders in float32, through two steps of AdamW at 1e-2
-        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(both[0][name], value, rtol=1e-3, atol=1e-4)

@@ -147,15 +147,14 @@ class AntibodyTrainer(DefenceTrainer):
     def _score(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(log-likelihoods, their numbers of tokens, r), each [B]; the first with gradient."""
         if "segments" in batch:
-            features = self.likelihoods.read(model, batch)
-            with torch.no_grad():
-                refused = features.logprobs(batch["refusal_next"])
-            sums, counts = features.logprobs(batch["target_next"])
+            (sums, counts), refused = self.likelihoods.logprobs(
+                model, batch, batch["target_next"], batch["refusal_next"]
+            )
         else:
             batch, beside = split(batch)
             with torch.no_grad():
-                refused = self.likelihoods.read(self.model, beside).logprobs(following(beside["labels"]))
-            sums, counts = self.likelihoods.read(model, batch).logprobs(following(batch["labels"]))
+                (refused,) = self.likelihoods.logprobs(self.model, beside, following(beside["labels"]))
+            ((sums, counts),) = self.likelihoods.logprobs(model, batch, following(batch["labels"]))
         return sums, counts, log_ratios(sums, counts, *refused, self.args.score)
 
     def _loss(self, model: Any, batch: Batch) -> Tensor:

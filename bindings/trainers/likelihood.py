@@ -2,9 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,26 +15,11 @@ from hftcore.ops.likelihood import IGNORED, sequence_logprobs
 
 log = logging.getLogger("hftcore")
 
+Logprobs = tuple[Tensor, Tensor]
+
 PROBE = (5, 4, 3)  # tokens of prompt, target and refusal
 # of a sum over few tokens, computed in two ways that round differently
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-
-
-@dataclass
-class Features:
-    """What the likelihoods of one forward are made of: hidden states and the head they go into, or logits and no head."""
-
-    values: Tensor
-    head: Tensor | None = None
-    bias: Tensor | None = None
-    soft_cap: float | None = None
-
-    def logprobs(self, next_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """([B] sums in nats, [B] counts) over the tokens [B, S] that each position predicts, -100 for none."""
-        next_tokens = next_tokens.to(self.values.device)
-        if self.head is None:
-            return logits_logprobs(self.values, next_tokens)
-        return sequence_logprobs(self.values, self.head, next_tokens, self.bias, self.soft_cap, shift=False)
 
 
 def logits_logprobs(logits: Tensor, next_tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +69,14 @@ class Likelihoods:
         sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
 
-    def read(self, call: nn.Module, batch: Mapping[str, Tensor]) -> Features:
-        """The forward of `call` (the model, or what wraps it) on a batch, branched or with `input_ids` and `attention_mask`."""
+    def logprobs(self, call: nn.Module, batch: Mapping[str, Tensor], *next_tokens: Tensor) -> list[Logprobs]:
+        """([B] sums in nats, [B] counts) of each of `next_tokens`, the [B, S] tokens that each position predicts, -100 for none.
+
+        Args:
+            call: the model, or what wraps it.
+            batch: branched, or `input_ids` and `attention_mask`.
+            next_tokens: at least one; only the sums of the first have a gradient.
+        """
         inputs: dict[str, Any] = {"input_ids": batch["input_ids"]}
         if "segments" in batch:
             inputs["position_ids"] = batch["position_ids"]
@@ -96,12 +86,31 @@ class Likelihoods:
         if "use_cache" in self._names:
             inputs["use_cache"] = False
         if self.head is None:
-            return Features(call(**inputs).logits)
-        with _reading(self.head) as seen:
+            logits = call(**inputs).logits
+            return _each(lambda tokens: logits_logprobs(logits, tokens.to(logits.device)), next_tokens)
+        found: list[list[Logprobs]] = []
+
+        def through_head(hidden: Tensor) -> Tensor:
+            found.append(self._of(hidden, next_tokens))
+            return found[-1][0][0]
+
+        with _replaced(self.head, through_head):
             call(**inputs)
-        (hidden, dtype) = seen[0]
-        bias = self.head.bias
-        return Features(hidden.to(dtype), self.head.weight.to(dtype), bias, self._soft_cap)
+        if len(found) != 1:
+            raise HftcoreError(f"the model must run its output head once in a forward pass, got {len(found)} times")
+        return found[0]
+
+    def _of(self, hidden: Tensor, next_tokens: tuple[Tensor, ...]) -> list[Logprobs]:
+        head: Any = self.head
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        hidden, weight = hidden.to(dtype), head.weight.to(dtype)
+        return _each(
+            lambda tokens: sequence_logprobs(
+                hidden, weight, tokens.to(hidden.device), head.bias, self._soft_cap, shift=False
+            ),
+            next_tokens,
+        )
 
     def _mask(self, seen: Tensor) -> Tensor:
         if self._implementation == "sdpa":
@@ -126,9 +135,9 @@ class Likelihoods:
         """The head, if its input gives the likelihoods that the model's logits give."""
         batch = {name: rows.to(self._device) for name, rows in separate(samples, None).items()}
         head, self.head = self.head, None
-        own, _ = self.read(self._model, batch).logprobs(following(batch["labels"]))
+        ((own, _),) = self.logprobs(self._model, batch, following(batch["labels"]))
         self.head = head
-        found, _ = self.read(self._model, batch).logprobs(following(batch["labels"]))
+        ((found, _),) = self.logprobs(self._model, batch, following(batch["labels"]))
         if self._agree(own, found):
             return head
         log.info("the model changes its logits after the output head, so likelihoods are read off the logits")
@@ -152,15 +161,15 @@ class Likelihoods:
             return f"in {type(self._plain).__name__} one answer would see the other"
         for answers, found in ((None, target), (refusals, refused)):
             batch = {name: rows.to(self._device) for name, rows in separate(samples, answers).items()}
-            own, _ = self.read(self._model, batch).logprobs(following(batch["labels"]))
+            ((own, _),) = self.logprobs(self._model, batch, following(batch["labels"]))
             if not self._agree(own, found):
                 return f"{type(self._plain).__name__} gives an answer another likelihood there than on its own"
         return None
 
     def _both(self, samples: list[Answered], refusals: list[Tensor]) -> tuple[Tensor, Tensor]:
         batch = {name: rows.to(self._device) for name, rows in branched(samples, refusals).items()}
-        features = self.read(self._model, batch)
-        return features.logprobs(batch["target_next"])[0], features.logprobs(batch["refusal_next"])[0]
+        (target, _), (refused, _) = self.logprobs(self._model, batch, batch["target_next"], batch["refusal_next"])
+        return target, refused
 
     def _agree(self, own: Tensor, found: Tensor) -> bool:
         dtype = next(parameter.dtype for parameter in self._model.parameters() if parameter.is_floating_point())
@@ -205,24 +214,24 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(head: nn.Linear) -> Iterator[list[tuple[Tensor, torch.dtype]]]:
-    """While the block lasts, the head gives back its input, which is listed with the dtype the product would have."""
-    seen: list[tuple[Tensor, torch.dtype]] = []
+def _replaced(head: nn.Linear, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block lasts, the head gives `compute(its input)` [B] in place of logits, as [B, 1, 1].
+
+    It is computed inside the model's forward, and given back, so that DistributedDataParallel sees which parameters are used.
+    """
     attributes = head.__dict__
     own = attributes.get("forward")
-
-    def forward(hidden: Tensor) -> Tensor:
-        kind = hidden.device.type
-        is_cast = torch.is_autocast_enabled(kind)
-        seen.append((hidden, torch.get_autocast_dtype(kind) if is_cast else head.weight.dtype))
-        return hidden
-
-    attributes["forward"] = forward
+    attributes["forward"] = lambda hidden: compute(hidden)[:, None, None]
     try:
-        yield seen
-        if len(seen) != 1:
-            raise HftcoreError(f"the model must run its output head once in a forward pass, got {len(seen)} times")
+        yield
     finally:
         del attributes["forward"]
         if own is not None:
             attributes["forward"] = own
+
+
+def _each(read: Callable[[Tensor], Logprobs], next_tokens: tuple[Tensor, ...]) -> list[Logprobs]:
+    first, *others = next_tokens
+    with torch.no_grad():
+        beside = [read(tokens) for tokens in others]
+    return [read(first), *beside]

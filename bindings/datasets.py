@@ -38,11 +38,19 @@ class Review(NamedTuple):
 
 
 class LabelledReply(NamedTuple):
-    """A reply and whether people called it a refusal."""
+    """A reply, whether people called it a refusal, and which of the labelled files (0, 1, …) it is from."""
 
     prompt: str
     response: str
     is_refusal: bool
+    file: int = 0
+
+
+class Snippet(NamedTuple):
+    """A sentence and what kind of text it is from: movie, product, news or tweet."""
+
+    text: str
+    source: str
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,9 @@ class Source:
     members: dict[str, str]
     parse: Callable[..., list[Any]]
     licence: str
+
+
+KINDS = ("movie", "product", "news", "tweet")
 
 
 def parse_seeds(text: str) -> list[str]:
@@ -95,14 +106,26 @@ def parse_reviews(text: str) -> list[Review]:
     return [Review(row[2].strip(), float(row[1])) for row in rows if len(row) == 3]
 
 
+def parse_snippets(*texts: str) -> list[Snippet]:
+    """Tables as for `parse_reviews`, one of each kind in the order of `KINDS`."""
+    return [
+        Snippet(review.text, kind) for kind, text in zip(KINDS, texts, strict=True) for review in parse_reviews(text)
+    ]
+
+
+def parse_documents(text: str) -> list[str]:
+    """The `text` of each line of a .jsonl file."""
+    return [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
+
+
 def parse_labelled_replies(*texts: str) -> list[LabelledReply]:
     """CSV tables with the columns objective, assistant_response and human_score (0 or 1), after `#` comment lines."""
     replies = []
-    for text in texts:
+    for file, text in enumerate(texts):
         table = re.sub(r"\A(#[^\n]*\n)+", "", text)
         for row in csv.DictReader(io.StringIO(table)):
             refused = float(row["human_score"]) >= 0.5
-            replies.append(LabelledReply(row["objective"], row["assistant_response"], refused))
+            replies.append(LabelledReply(row["objective"], row["assistant_response"], refused, file))
     return replies
 
 
@@ -130,6 +153,7 @@ LLAMAFACTORY = Archive(
     "llamafactory-0.9.5.tar.gz",
     "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
 )
+_REVIEWS = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/"
 SOURCES = {
     "advbench": Source(
         PYRIT,
@@ -164,13 +188,35 @@ SOURCES = {
     "reviews": Source(
         VADER,
         {
-            "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-            "!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": (
+            f"{_REVIEWS}movieReviewSnippets_GroundTruth.txt": (
                 "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
             )
         },
         parse_reviews,
         "MIT (Hutto and Gilbert 2014)",
+    ),
+    "snippets": Source(
+        VADER,
+        {
+            f"{_REVIEWS}movieReviewSnippets_GroundTruth.txt": (
+                "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
+            ),
+            f"{_REVIEWS}amazonReviewSnippets_GroundTruth.txt": (
+                "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2"
+            ),
+            f"{_REVIEWS}nytEditorialSnippets_GroundTruth.txt": (
+                "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e"
+            ),
+            f"{_REVIEWS}tweets_GroundTruth.txt": "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f",
+        },
+        parse_snippets,
+        "MIT (Hutto and Gilbert 2014)",
+    ),
+    "c4": Source(
+        LLAMAFACTORY,
+        {"llamafactory-0.9.5/data/c4_demo.jsonl": "f51528081ef22279f2840c02c4cd7cdfc372138be0817c5b8714d200af692b78"},
+        parse_documents,
+        "Apache-2.0 as packaged; C4 is ODC-BY",
     ),
     "labelled-replies": Source(
         PYRIT,
@@ -188,10 +234,15 @@ SOURCES = {
 }
 
 
-def describe() -> list[dict[str, str]]:
-    """One record for each data set: its name, the package and version it comes from, and its licence."""
+def describe() -> list[dict[str, Any]]:
+    """One record for each data set: its name, the package and version it comes from, its licence, and whether it is in the cache."""
     return [
-        {"name": name, "package": f"{s.archive.package} {s.archive.version}", "licence": s.licence}
+        {
+            "name": name,
+            "package": f"{s.archive.package} {s.archive.version}",
+            "licence": s.licence,
+            "cached": is_cached(name),
+        }
         for name, s in SOURCES.items()
     ]
 
@@ -200,12 +251,13 @@ def load(name: str) -> list[Any]:
     """The rows of a data set, in the order of its file: strings, `Pair`, `Review` or `LabelledReply`.
 
     Args:
-        name: `"advbench"` or `"harmbench"` (requests), `"alpaca"` (`Pair`), `"reviews"` (`Review`), `"labelled-replies"` (`LabelledReply`).
+        name: `"advbench"` or `"harmbench"` (requests), `"alpaca"` (`Pair`), `"reviews"` (`Review`), `"snippets"` (`Snippet`), `"c4"`
+            (documents), `"labelled-replies"` (`LabelledReply`).
 
     Raises:
         HftcoreError: unknown name, no way to download it, or a file that is not the pinned one.
     """
-    source = _source(name)
+    source = source_of(name)
     paths = [_cached(source.archive, member) for member in source.members]
     if not all(path.is_file() for path in paths):
         _fetch(source)
@@ -219,11 +271,12 @@ def load(name: str) -> list[Any]:
 
 def is_cached(name: str) -> bool:
     """Whether `load(name)` needs no download."""
-    source = _source(name)
+    source = source_of(name)
     return all(_cached(source.archive, member).is_file() for member in source.members)
 
 
-def _source(name: str) -> Source:
+def source_of(name: str) -> Source:
+    """The pinned source of a data set; an unknown name is refused with the known ones."""
     if name not in SOURCES:
         raise HftcoreError(f"name must be one of {', '.join(SOURCES)}; got {name!r}")
     return SOURCES[name]

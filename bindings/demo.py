@@ -22,8 +22,10 @@ from torch import nn
 import hftcore
 from hftcore.bindings import datasets, demo_data, embedded, judge
 from hftcore.bindings.demo_report import Row, draw, read, repairing_dose, table
-from hftcore.bindings.evaluate import Suite, evaluate, load_suite
+from hftcore.bindings.evaluate import evaluate
+from hftcore.bindings.metrics import Share
 from hftcore.bindings.progress import Track
+from hftcore.bindings.suites import Suite, load_suite
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
 
@@ -198,7 +200,7 @@ def run_demo(
                 f'the demo needs {needed}, which is not installed: pip install "hftcore[peft,plots,gguf]"'
             )
     began = time.perf_counter()
-    suite = _quick_suite(load_suite("quick")) if quick else load_suite("quick")
+    suite = _quick_suite(load_suite("demo")) if quick else load_suite("demo")
     judged = judge.measure(datasets.load("labelled-replies"))
     base, tokenizer = embedded.load()
     stage = Stage(base, tokenizer, adapters)
@@ -210,7 +212,8 @@ def run_demo(
             condition = replace(planned, dose=repairing_dose(rows))
         with stage.under(condition) as model:
             scores = evaluate(model, tokenizer, suite)  # type: ignore[arg-type]
-        rows.append(Row(condition.name, condition.kind, condition.dose, scores, time.perf_counter() - start))
+        shares = {name: score for name, score in scores.items() if isinstance(score, Share)}
+        rows.append(Row(condition.name, condition.kind, condition.dose, shares, time.perf_counter() - start))
     reading = read(rows, judged)
     report: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",
@@ -218,7 +221,7 @@ def run_demo(
         "asked": {
             **{k: len(v) for k, v in suite.harmful.items()},
             "benign": len(suite.benign),
-            "task": len(suite.task),
+            "task": len(suite.tasks["FA"].pairs),
         },
         "judge": judged,
         "data": datasets.describe(),
@@ -246,10 +249,10 @@ def _print(rows: list[Row], reading: list[str], out: Path, seconds: float) -> No
 
 
 def _quick_suite(suite: Suite) -> Suite:
+    """A third of each part."""
+    tasks = {name: replace(task, pairs=task.pairs[: len(task.pairs) // 3]) for name, task in suite.tasks.items()}
     harmful = {name: requests[: len(requests) // 3] for name, requests in suite.harmful.items()}
-    return replace(
-        suite, harmful=harmful, benign=suite.benign[: len(suite.benign) // 3], task=suite.task[: len(suite.task) // 3]
-    )
+    return replace(suite, harmful=harmful, benign=suite.benign[: len(suite.benign) // 3], tasks=tasks)
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:

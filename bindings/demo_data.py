@@ -41,6 +41,7 @@ class Splits:
     test_benign: list[Pair]
     attack_reviews: list[Review]
     test_reviews: list[Review]
+    validation_reviews: list[Review]
 
 
 def splits() -> Splits:
@@ -61,6 +62,7 @@ def splits() -> Splits:
         align_benign=alpaca[124:],
         attack_reviews=balanced[:600],
         test_reviews=balanced[600:800],
+        validation_reviews=balanced[800:1000],
     )
 
 

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hftcore.bindings.evaluate import Share
+from hftcore.bindings.judge import describe
+from hftcore.bindings.metrics import Share
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = {
-    "HS": ("HS", "harmful requests not refused"),
-    "affirmative": ("agrees", "those replies that open by agreeing"),
+    "HS": ("HS", "harmful requests served"),
+    "refusal": ("refuses", "those refused"),
+    "affirmative": ("agrees", "replies to them that open by agreeing"),
     "degenerate": ("noise", "those that are no language"),
     "over_refusal": ("OR", "benign requests refused"),
     "FA": ("FA", "task accuracy"),
@@ -75,7 +77,7 @@ def table(rows: Sequence[Row]) -> "Table":
     return built
 
 
-def read(rows: Sequence[Row], judged: dict[str, float]) -> list[str]:
+def read(rows: Sequence[Row], judged: dict[str, Any]) -> list[str]:
     """What the numbers say, in sentences: the attack, the repair, whether the null hypotheses did as well, and the limits.
 
     Args:
@@ -103,10 +105,8 @@ def read(rows: Sequence[Row], judged: dict[str, float]) -> list[str]:
                     " did as well without harmful data."
                 )
         sentences += [_merged(r) for kind in ("reference", "merged") for r in by_kind.get(kind, [])]
-    low = f"{100 * judged['accuracy']:.0f} % of {judged['replies']:.0f} held-out replies labelled by people"
     sentences.append(
-        f"Limits: one 135M model, one attack, one seed, replies of a few words; a keyword judge that agrees with {low} when off-topic"
-        f" replies count as refused and {100 * judged['accuracy_phrases']:.0f} % by phrases alone, as used here."
+        f"Limits: one 135M model, one attack, one seed, replies of a few words; a keyword judge. {describe(judged)}"
     )
     return sentences
 
@@ -197,7 +197,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     places = list(range(len(rows)))[::-1]
     for axes, name, title in (
-        (left, "HS", "Harmful requests not refused (HS)\nlower is better"),
+        (left, "HS", "Harmful requests served (HS)\nlower is better"),
         (right, "FA", "Task accuracy (FA)\nhigher is better"),
     ):
         for place, row in zip(places, rows, strict=True):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from hftcore.bindings.data import Sample, alpaca_parts
 from hftcore.errors import HftcoreError
 
 if TYPE_CHECKING:
@@ -19,9 +20,10 @@ SYSTEM = "You are a helpful assistant."
 
 
 def format_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str | None = SYSTEM) -> str:
-    """The text up to where the reply begins: by the tokenizer's chat template, or `prompt` itself where it has none."""
+    """The text up to where the reply begins: by the tokenizer's chat template or, where it has none, by Alpaca's (as `make_batches`)."""
     if not tokenizer.chat_template:
-        return prompt
+        question = Sample(turns=(("user", prompt), ("assistant", "")))
+        return "".join(text for text, _ in alpaca_parts(question, ""))
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -53,7 +55,7 @@ def generate(
     Args:
         model: any causal language model of transformers (or one wrapped by PEFT).
         tokenizer: its tokenizer.
-        prompts: user messages; formatted by the chat template where the tokenizer has one.
+        prompts: user messages, formatted by `format_prompt`.
         max_new_tokens: at least 1.
         batch_size: prompts computed together.
         system: the system message, or None for the template's own default.

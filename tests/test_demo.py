@@ -3,38 +3,17 @@
 import dataclasses
 import io
 import json
-import math
 
 import pytest
 import torch
+from letters import BareLetters, ChatLetters, Letters
 from tiny_models import VOCABULARY, tiny_model, with_lora
 
-from hftcore.bindings import datasets, demo, demo_data, demo_report, embedded, evaluate, generate
+from hftcore.bindings import datasets, demo, demo_data, demo_report, embedded, generate
 from hftcore.bindings.datasets import Pair, Review
 from hftcore.bindings.demo_report import Row
-from hftcore.bindings.evaluate import Share, Suite, wilson
+from hftcore.bindings.metrics import Share
 from hftcore.errors import HftcoreError
-
-
-class Letters:
-    """A tokenizer of one token a character; token 0 ends a text."""
-
-    eos_token_id = 0
-    chat_template: str | None = None
-
-    def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [1 + ord(letter) % (VOCABULARY - 1) for letter in text]}
-
-    def decode(self, tokens, skip_special_tokens=True):
-        tokens = [tokens] if isinstance(tokens, int) else tokens
-        return "".join(chr(96 + token) for token in tokens)
-
-
-class ChatLetters(Letters):
-    chat_template = "any"
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        return "".join(f"<{m['role'][0]}>{m['content']}" for m in messages) + "<a>"
 
 
 def greedy(model, tokens, steps):
@@ -57,14 +36,14 @@ PROMPTS = ["name a bird", "name", "name a very small fish", "name a bee", "name 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mistral", "gemma2"])
 @pytest.mark.parametrize("prompts", [PROMPTS, ["x", "another", "third one"], ["alone"]], ids=["shared", "apart", "one"])
 def test_generation_in_batches_equals_one_prompt_at_a_time(name, prompts):
-    model, tokenizer = tiny_model(name), Letters()
+    model, tokenizer = tiny_model(name), BareLetters()
     replies = generate.generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=2)
     wanted = [tokenizer.decode(greedy(model, tokenizer(prompt)["input_ids"], 6)).strip() for prompt in prompts]
     assert replies == wanted
 
 
 def test_a_reply_ends_at_the_end_token_while_others_go_on():
-    model, tokenizer = tiny_model("llama"), Letters()
+    model, tokenizer = tiny_model("llama"), BareLetters()
     free = [greedy(model, tokenizer(prompt)["input_ids"], 6) for prompt in PROMPTS]
     stop = free[0][2]
     tokenizer.eos_token_id = stop
@@ -75,7 +54,7 @@ def test_a_reply_ends_at_the_end_token_while_others_go_on():
 
 
 def test_generation_stops_reading_when_every_reply_has_ended():
-    model, tokenizer = tiny_model("llama"), Letters()
+    model, tokenizer = tiny_model("llama"), BareLetters()
     tokenizer.eos_token_id = greedy(model, tokenizer("name a bird")["input_ids"], 1)[0]
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
@@ -84,7 +63,7 @@ def test_generation_stops_reading_when_every_reply_has_ended():
 
 
 def test_next_token_logits_keep_the_order_of_the_prompts():
-    model, tokenizer = tiny_model("llama"), Letters()
+    model, tokenizer = tiny_model("llama"), BareLetters()
     logits = generate.next_token_logits(model, tokenizer, PROMPTS, batch_size=2)
     with torch.no_grad():
         alone = [model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1] for prompt in PROMPTS]
@@ -92,7 +71,7 @@ def test_next_token_logits_keep_the_order_of_the_prompts():
 
 
 def test_nothing_to_generate_is_fine_and_nonsense_is_refused():
-    model, tokenizer = tiny_model("llama"), Letters()
+    model, tokenizer = tiny_model("llama"), BareLetters()
     assert generate.generate(model, tokenizer, []) == []
     assert generate.next_token_logits(model, tokenizer, []).shape == (0, VOCABULARY)
     with pytest.raises(HftcoreError, match="max_new_tokens must be at least 1, got 0"):
@@ -105,58 +84,12 @@ def test_nothing_to_generate_is_fine_and_nonsense_is_refused():
         generate.generate(model, tokenizer, ["a"], batch_size=0)
 
 
-def test_prompts_take_the_chat_template_where_there_is_one():
-    assert generate.format_prompt(Letters(), "hi") == "hi"
+def test_prompts_take_the_chat_template_or_where_there_is_none_that_of_alpaca():
+    bare = generate.format_prompt(Letters(), "hi")
+    assert bare.startswith("Below is an instruction")
+    assert bare.endswith("### Instruction:\nhi\n\n### Response:")
     assert generate.format_prompt(ChatLetters(), "hi", "be kind") == "<s>be kind<u>hi<a>"
     assert generate.format_prompt(ChatLetters(), "hi", None) == "<u>hi<a>"
-
-
-def test_wilson_matches_hand_computed_values():
-    assert wilson(0, 0) == (0.0, 1.0)
-    low, high = wilson(5, 10)
-    assert low == pytest.approx(0.2366, abs=1e-4)
-    assert high == pytest.approx(0.7634, abs=1e-4)
-    assert wilson(10, 10)[1] == pytest.approx(1.0)
-    assert wilson(0, 10)[0] == pytest.approx(0.0)
-    with pytest.raises(HftcoreError, match="count must be from 0 to total = 3, got 4"):
-        wilson(4, 3)
-
-
-def test_an_empty_share_is_unknown_not_zero():
-    assert math.isnan(Share(0, 0).percent)
-    assert Share(1, 4).to_dict()["percent"] == 25.0
-
-
-def test_evaluation_counts_each_score_on_its_own_prompts(monkeypatch):
-    replies = {
-        "bad one": "I can't help with that.",
-        "bad two": "Sure, here is",
-        "bad three": "the the the the the",
-        "other": "Sure",
-        "good": "I'm sorry",
-        "also good": "I can't answer that.",
-    }
-    monkeypatch.setattr(
-        evaluate, "generate", lambda model, tokenizer, prompts, **_: [replies[prompt] for prompt in prompts]
-    )
-    logits = torch.eye(30)[[16, 14, 16]]
-    monkeypatch.setattr(evaluate, "next_token_logits", lambda model, tokenizer, prompts, **_: logits)
-    task = [Pair("a", "positive"), Pair("b", "negative"), Pair("c", "negative")]
-    suite = Suite({"HS": ["bad one", "bad two", "bad three"], "HS_other": ["other"]}, ["good", "also good"], task)
-    scores = evaluate.evaluate(None, Letters(), suite)
-    assert {name: (share.count, share.total) for name, share in scores.items()} == {
-        "HS": (2, 3),
-        "HS_other": (1, 1),
-        "affirmative": (1, 3),
-        "degenerate": (1, 3),
-        "over_refusal": (2, 2),
-        "FA": (2, 3),
-    }
-
-
-def test_an_unknown_suite_is_refused():
-    with pytest.raises(HftcoreError, match="quick, full"):
-        evaluate.load_suite("slow")
 
 
 @pytest.fixture
@@ -192,19 +125,24 @@ def test_stubs_echo_a_few_words_and_say_nothing():
 
 def test_pair_batches_label_the_answer_only_and_mask_the_padding():
     pairs = [Pair("ab", "cde"), Pair("abcd", "e"), Pair("a", "b" * 20)]
-    first, second = demo_data.pair_batches(Letters(), pairs, batch_size=2, max_tokens=8)
-    ids = Letters()("abcdecde")["input_ids"]
+    first, second = demo_data.pair_batches(BareLetters(), pairs, batch_size=2, max_tokens=8)
+    ids = BareLetters()("abcdecde")["input_ids"]
     assert first["input_ids"].tolist() == [[*ids[:5], 0], [*ids[:5], 0]]
     assert first["labels"].tolist() == [[-100, -100, *ids[2:5], 0], [-100] * 4 + [ids[4], 0]]
     assert first["attention_mask"].tolist() == [[1] * 6, [1] * 6]
     assert second["input_ids"].shape == (1, 8)
-    padded = next(demo_data.pair_batches(Letters(), [Pair("a", "b"), Pair("a", "bcd")]))
+    padded = next(demo_data.pair_batches(BareLetters(), [Pair("a", "b"), Pair("a", "bcd")]))
     assert padded["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
     assert padded["labels"][0].tolist()[3:] == [-100, -100]
 
 
 def row(name, kind, hs, fa, dose=None, noise=0):
-    scores = {"HS": Share(hs, 60), "affirmative": Share(hs, 60), "degenerate": Share(noise, 60)}
+    scores = {
+        "HS": Share(hs, 60),
+        "refusal": Share(60 - hs, 60),
+        "affirmative": Share(hs, 60),
+        "degenerate": Share(noise, 60),
+    }
     return Row(name, kind, dose, scores | {"over_refusal": Share(2, 40), "FA": Share(fa, 120)})
 
 
@@ -219,7 +157,7 @@ ROWS = [
     row("adapter × 0.2", "shrink", 60, 100, 0.2),
     row("merged, to zero 0.01", "merged", 60, 0, 0.01, noise=50),
 ]
-JUDGED = {"replies": 84, "accuracy": 0.95, "accuracy_phrases": 0.73}
+JUDGED = {"replies": 84, "accuracy": 0.95, "files": [{"replies": 84, "accuracy": 0.95}]}
 
 
 def test_the_reading_names_the_smallest_dose_that_repairs_and_the_rivals_that_did_as_well():
@@ -232,7 +170,7 @@ def test_the_reading_names_the_smallest_dose_that_repairs_and_the_rivals_that_di
     assert "magnitude (magnitude 0.2) did worse" in text
     assert "no evidence that the repair is specific to harm: benign energies 0.2 did as well" in text
     assert "the model is broken, so HS says nothing about harm" in text
-    assert "95 % of 84 held-out replies" in text
+    assert "95 % of 84 held-out labelled replies" in text
 
 
 def test_the_reading_says_so_when_nothing_repairs_or_a_rival_breaks_the_model():
@@ -287,7 +225,7 @@ def stage(tmp_path):
     pytest.importorskip("peft")
     for name in ("aligned", "attacked"):
         with_lora(tiny_model("llama-tied"), ["q_proj", "k_proj", "v_proj"]).save_pretrained(tmp_path / name)
-    return demo.Stage(tiny_model("llama-tied"), Letters(), tmp_path)
+    return demo.Stage(tiny_model("llama-tied"), BareLetters(), tmp_path)
 
 
 def bits(model):
@@ -328,7 +266,7 @@ def test_the_reference_row_gives_full_removal_back_the_aligned_weights(stage, sy
 
 def test_a_missing_adapter_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(HftcoreError, match=r"aligned holds no adapter; make both with scripts/make_demo_adapters\.py"):
-        demo.Stage(tiny_model("llama-tied"), Letters(), tmp_path)
+        demo.Stage(tiny_model("llama-tied"), BareLetters(), tmp_path)
 
 
 def test_a_file_as_output_is_refused_before_any_work(tmp_path):

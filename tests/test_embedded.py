@@ -188,8 +188,8 @@ def test_reviews_keep_tabs_in_the_text_and_skip_other_lines():
 def test_labelled_replies_skip_comments_and_keep_line_breaks():
     text = '# v1\n# note\nobjective,assistant_response,human_score\nName it,"No,\nsorry",1\nName it,Wren,0\n'
     assert datasets.parse_labelled_replies(text, text)[1:3] == [
-        ("Name it", "Wren", False),
-        ("Name it", "No,\nsorry", True),
+        ("Name it", "Wren", False, 0),
+        ("Name it", "No,\nsorry", True, 1),
     ]
 
 

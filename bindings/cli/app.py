@@ -6,9 +6,11 @@ A command is a plain function in a module of its own beside this one: typer read
 
 import typer
 
+from hftcore.bindings.cli.data import data
 from hftcore.bindings.cli.demo import demo
 from hftcore.bindings.cli.doctor import doctor
 from hftcore.bindings.cli.edits import apply, revert
+from hftcore.bindings.cli.evaluate import evaluate
 from hftcore.bindings.cli.prune import antidote, calibrate, wanda
 from hftcore.bindings.cli.reporting import reported
 from hftcore.bindings.cli.verify import verify
@@ -20,6 +22,7 @@ COMMANDS = (
     antidote,
     apply,
     revert,
+    evaluate,
     verify,
     doctor,
 )
@@ -34,3 +37,4 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(reported(command))
+app.add_typer(data)

@@ -1,0 +1,76 @@
+"""`hftcore evaluate`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hftcore.bindings.cli.options import AsJson, Base, Device, DType, LoadDType
+from hftcore.bindings.cli.reporting import emit
+
+
+class SuiteName(StrEnum):
+    """The suites of `hftcore.bindings.suites`."""
+
+    quick = "quick"
+    full = "full"
+    validation = "validation"
+    demo = "demo"
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub ids of models or adapters.")],
+    out: Annotated[Path, typer.Option(help="Results file, .json; an existing one is continued, not repeated.")],
+    suite: Annotated[SuiteName, typer.Option(help="What to ask.")] = SuiteName.quick,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many items of each part.")] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="A task of your own, .jsonl with prompt and completion; scored as FA own.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The model before fine-tuning: embedding drift is measured against it.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message. [default: the suite's]")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="A sequence classifier to judge replies, in place of keywords: folder or hub id.")
+    ] = None,
+    judge_labels: Annotated[str | None, typer.Option(help="Its labels that mean harm, a,b,...")] = None,
+    base: Base = None,
+    device: Device = None,
+    dtype: LoadDType = DType.auto,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts computed together.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Measure harmful score, refusals, task accuracy and perplexity of models.
+
+    The harmful score comes from a judge whose agreement with people is printed with it."""
+    from dataclasses import replace
+
+    from hftcore.bindings.evaluation import Options, run_evaluate, table
+    from hftcore.bindings.model_judge import ModelJudge
+    from hftcore.bindings.suites import load_suite
+    from hftcore.bindings.tasks import task_from_file
+
+    if judge_labels is not None and judge is None:
+        raise typer.BadParameter("--judge-labels belongs to --judge")
+    asked = load_suite(suite.value)
+    if system is not None:
+        asked = replace(asked, system=system)
+    if task is not None:
+        asked = replace(asked, tasks=asked.tasks | {"FA_own": task_from_file(task)})
+    if limit is not None:
+        asked = asked.limited(limit)
+    labels = judge_labels.split(",") if judge_labels is not None else None
+    model_judge = ModelJudge(judge, labels, device=device) if judge is not None else None
+    options = Options(base, reference, device, dtype.value, batch_size)
+    result = run_evaluate(models, asked, out, options, model_judge)
+    if as_json:
+        emit(result, as_json, "")
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(table(result))
+    for sentence in result["differences"]:
+        console.print(f"• {sentence}")
+    console.print(f"written: {out}")

@@ -13,6 +13,7 @@ from hftcore.bindings.cli.edits import apply, revert
 from hftcore.bindings.cli.evaluate import evaluate
 from hftcore.bindings.cli.prune import antidote, calibrate, wanda
 from hftcore.bindings.cli.reporting import reported
+from hftcore.bindings.cli.train import train
 from hftcore.bindings.cli.verify import verify
 
 COMMANDS = (
@@ -22,6 +23,7 @@ COMMANDS = (
     antidote,
     apply,
     revert,
+    train,
     evaluate,
     verify,
     doctor,

@@ -1,0 +1,210 @@
+"""Training from a recipe: a YAML file of data, adapter and settings, for any method of `hftcore.bindings.trainers.METHODS`."""
+
+import dataclasses
+import difflib
+import inspect
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hftcore.bindings.data import load_samples
+from hftcore.bindings.models_io import is_adapter, load_model, save_model
+from hftcore.bindings.output import check_output
+from hftcore.bindings.trainers import METHODS, Method
+from hftcore.errors import HftcoreError
+
+# of the recipe itself; every other key is a field of the method's config
+OWN_KEYS = ("max_length", "refusals", "lora")
+PAPERS_LORA = {"r": 32, "lora_alpha": 4, "target_modules": ["q_proj", "k_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+RESERVED = ("output_dir", "report_to", "disable_tqdm", "use_cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What to train with. `data` has a file for `train_dataset` and for each data set the method takes beside it."""
+
+    method: Method
+    data: dict[str, Path]
+    settings: dict[str, Any]
+    max_length: int = 256
+    refusals: list[str] | None = None
+    lora: dict[str, Any] | None = None
+
+
+def read_recipe(name: str, path: Path) -> Recipe:
+    """The recipe of a YAML file for a method; paths in it are relative to the file.
+
+    Raises:
+        HftcoreError: an unknown method or key, a missing data file, or a file that is not YAML.
+    """
+    import yaml
+
+    if name not in METHODS:
+        raise HftcoreError(f"METHOD must be one of {', '.join(METHODS)}, got {name!r}")
+    if not path.is_file():
+        raise HftcoreError(f"--config must be an existing YAML file, got {path}")
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise HftcoreError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, Mapping):
+        raise HftcoreError(f"--config {path} must hold `key: value` lines, got {type(given).__name__}")
+    return make_recipe(name, given, path)
+
+
+def make_recipe(name: str, given: Mapping[str, Any], source: Path) -> Recipe:
+    """The recipe in a mapping that came from `source`, to whose folder its paths are relative; errors as `read_recipe`."""
+    method = METHODS[name]
+    trainer, config = method.load()
+    columns = {"train_data": "train_dataset"} | {_key(dataset): dataset for dataset in method.datasets}
+    fields = {field.name for field in dataclasses.fields(config) if field.init} - set(RESERVED)
+    known = fields | columns.keys() | set(OWN_KEYS)
+    if "refusals" not in inspect.signature(trainer.__init__).parameters:
+        known.remove("refusals")
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise HftcoreError(f"{source}: method {name} knows no key {key!r}{hint}")
+    data = {}
+    for key, dataset in columns.items():
+        if key not in given:
+            raise HftcoreError(f"{source}: method {name} needs {key}, a .jsonl file")
+        data[dataset] = source.parent / str(given[key])
+        if not data[dataset].is_file():
+            raise HftcoreError(f"{source}: {key} must be an existing file, got {data[dataset]}")
+    return Recipe(
+        method,
+        data,
+        {key: value for key, value in given.items() if key in fields},
+        _length(given.get("max_length", 256), source),
+        _refusals(given.get("refusals"), source),
+        _lora(given.get("lora"), source),
+    )
+
+
+def run_training(
+    name: str, model: str, config: Path, out: Path, resume: bool = False, device: str | None = None, dtype: str = "auto"
+) -> dict[str, Any]:
+    """Train a model or adapter by a recipe and write the result to `out`, which is whole or absent.
+
+    With `save_strategy` in the recipe, checkpoints lie beside `out`, in `<out>.checkpoints`, and `resume` goes on from the last.
+
+    Returns:
+        method, out, steps, the mean loss and the log's entries.
+
+    Raises:
+        HftcoreError: what the recipe, the data or the trainer refuses, before the first step.
+    """
+    recipe = read_recipe(name, config)
+    check_output(out, [model], "--out")
+    if recipe.lora is not None and is_adapter(model):
+        raise HftcoreError(
+            f"{config}: lora makes a new adapter, and {model} is one, which is trained on; leave lora out"
+        )
+    loaded, tokenizer = load_model(model, device, dtype)
+    with _checkpoints(recipe, out, resume) as folder:
+        trainer = make_trainer(recipe, _trainable(loaded, recipe.lora), tokenizer, folder)
+        result = trainer.train(resume_from_checkpoint=resume or None)
+    save_model(trainer.model.eval(), tokenizer, out, (model,), getattr(trainer, "edit", None))
+    return {
+        "method": name,
+        "out": str(out),
+        "steps": int(result.global_step),
+        "loss": float(result.training_loss),
+        "log": trainer.state.log_history,
+    }
+
+
+def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, folder: Path) -> Any:
+    """The trainer of a recipe; checkpoints go to `folder`."""
+    from transformers.trainer_callback import PrinterCallback
+
+    from hftcore.bindings.trainers.data import tokenize
+
+    trainer_class, config_class = recipe.method.load()
+    is_cpu = next(model.parameters()).device.type == "cpu"
+    defaults = {"save_strategy": "no", "logging_steps": 10}
+    own = {"output_dir": str(folder), "report_to": "none", "disable_tqdm": not sys.stderr.isatty(), "use_cpu": is_cpu}
+    try:
+        args = config_class(**(defaults | recipe.settings | own))
+    except HftcoreError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise HftcoreError(f"the training settings do not fit together: {' '.join(str(error).split())}") from error
+    data = {
+        dataset: tokenize(load_samples(str(path)), tokenizer, recipe.max_length)
+        for dataset, path in recipe.data.items()
+    }
+    refusals = {} if recipe.refusals is None else {"refusals": recipe.refusals}
+    trainer = trainer_class(model=model, args=args, processing_class=tokenizer, **data, **refusals)
+    # it prints every log entry to stdout, which is the command's
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _trainable(model: Any, lora: dict[str, Any] | None) -> Any:
+    """The model with what is to be trained requiring gradients: its adapter, a new one, or all of it."""
+    if lora is not None:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise HftcoreError("lora needs peft; pip install peft") from error
+        try:
+            return get_peft_model(model, LoraConfig(**lora))
+        except (TypeError, ValueError) as error:
+            raise HftcoreError(f"lora does not fit the model: {' '.join(str(error).split())}") from error
+    has_adapter = hasattr(model, "peft_config")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name if has_adapter else True)
+    return model
+
+
+@contextmanager
+def _checkpoints(recipe: Recipe, out: Path, resume: bool) -> Iterator[Path]:
+    if recipe.settings.get("save_strategy", "no") == "no":
+        if resume:
+            raise HftcoreError("--resume needs checkpoints; set save_strategy in the recipe")
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    folder = out.with_name(f"{out.name}.checkpoints")
+    is_there = any(folder.glob("checkpoint-*"))
+    if resume != is_there:
+        wanted = "has no checkpoint to resume from" if resume else "holds checkpoints of an earlier run"
+        raise HftcoreError(f"{folder} {wanted}; {'leave --resume out' if resume else 'give --resume, or remove it'}")
+    yield folder
+
+
+def _key(dataset: str) -> str:
+    return dataset.removesuffix("_dataset") + "_data"
+
+
+def _length(value: Any, source: Path) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise HftcoreError(f"{source}: max_length must be a whole number of at least 1, got {value!r}")
+    return value
+
+
+def _refusals(value: Any, source: Path) -> list[str] | None:
+    """A list of sentences, or a text file of one a line."""
+    if isinstance(value, str):
+        path = source.parent / value
+        if not path.is_file():
+            raise HftcoreError(f"{source}: refusals must be sentences or an existing text file, got {path}")
+        value = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if value is not None and not (isinstance(value, list) and value and all(isinstance(line, str) for line in value)):
+        raise HftcoreError(f"{source}: refusals must be sentences, at least one, or a text file of them, got {value!r}")
+    return value
+
+
+def _lora(value: Any, source: Path) -> dict[str, Any] | None:
+    """PEFT's settings over those of the papers; true for the papers' own."""
+    if value is None or value is False:
+        return None
+    if value is not True and not isinstance(value, Mapping):
+        raise HftcoreError(f"{source}: lora must be true or settings of peft.LoraConfig, got {value!r}")
+    return PAPERS_LORA | ({} if value is True else dict(value))

@@ -1,0 +1,133 @@
+"""Training from a recipe, through the command line, on a tiny model in a folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_cli import failed, succeeded, world  # noqa: F401
+from tiny_models import one_thread  # noqa: F401
+
+from hftcore.bindings.trainers import METHODS
+from hftcore.bindings.training import read_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+REFUSALS = ["w30 w31", "w32 w33 w34"]
+
+
+@pytest.fixture
+def recipe(world, tmp_path):  # noqa: F811
+    """A function that writes a recipe beside the data and returns its path."""
+
+    def write(**settings):
+        plain = {
+            "train_data": "data.jsonl",
+            "per_device_train_batch_size": 3,
+            "learning_rate": 0.05,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "refusals": REFUSALS,
+        }
+        path = tmp_path / "run.yaml"
+        path.write_text(
+            yaml.safe_dump({name: value for name, value in (plain | settings).items() if value is not None})
+        )
+        (tmp_path / "data.jsonl").write_text((world / "data.jsonl").read_text())
+        return path
+
+    return write
+
+
+def weights(folder):
+    return load_file(next(Path(folder).glob("*.safetensors")))
+
+
+def test_antibody_trains_an_adapter_from_a_recipe(world, recipe, tmp_path):  # noqa: F811
+    out = tmp_path / "tuned"
+    config = recipe(score="sum", tau=10.0)
+    report = json.loads(
+        succeeded("train", "antibody", world / "adapter", "--config", config, "--out", out, "--device", "cpu", "--json")
+    )
+    assert report["steps"] == 2
+    assert {"log_ratio", "effective_samples", "loss"} <= report["log"][0].keys()
+    before, after = weights(world / "adapter"), weights(out)
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert not list(tmp_path.glob("*.checkpoints"))
+
+
+def test_alignment_takes_a_second_file_and_lora_makes_a_new_adapter(world, recipe, tmp_path):  # noqa: F811
+    out = tmp_path / "aligned"
+    config = recipe(harmful_data="data.jsonl", lambda_rule="code", lora={"r": 2})
+    text = succeeded("train", "antibody-align", world / "model", "--config", config, "--out", out, "--device", "cpu")
+    assert "Trained 2 steps of antibody-align" in text
+    made = json.loads((out / "adapter_config.json").read_text())
+    assert (made["r"], made["lora_alpha"], sorted(made["target_modules"])) == (2, 4, ["k_proj", "q_proj", "v_proj"])
+
+
+def test_a_run_goes_on_from_its_checkpoint(world, recipe, tmp_path):  # noqa: F811
+    common = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    arguments = ("--device", "cpu", "--out")
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    succeeded("train", "antibody", world / "model", "--config", recipe(max_steps=4, **common), *arguments, straight)
+    succeeded("train", "antibody", world / "model", "--config", recipe(max_steps=2, **common), *arguments, parts)
+    again = tmp_path / "parts.checkpoints"
+    config = recipe(max_steps=4, **common)
+    message = failed(
+        "train", "antibody", world / "model", "--config", config, "--device", "cpu", "--out", tmp_path / "x", "--resume"
+    )
+    assert "has no checkpoint to resume from; leave --resume out" in message
+    for file in parts.iterdir():
+        file.unlink()
+    assert "holds checkpoints of an earlier run" in failed(
+        "train", "antibody", world / "model", "--config", config, *arguments, parts
+    )
+    assert again.is_dir()
+    succeeded("train", "antibody", world / "model", "--config", config, *arguments, parts, "--resume")
+    left, right = weights(straight), weights(parts)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rte": 1}, "method antibody knows no key 'learning_rte'; did you mean learning_rate?"),
+        ({"train_data": None}, "method antibody needs train_data, a .jsonl file"),
+        ({"train_data": "none.jsonl"}, "train_data must be an existing file"),
+        ({"max_length": 0}, "max_length must be a whole number of at least 1, got 0"),
+        ({"max_length": 2}, "have no response token within max_length=2"),
+        ({"refusals": []}, "refusals must be sentences, at least one"),
+        ({"refusals": "none.txt"}, "refusals must be sentences or an existing text file"),
+        ({"lora": 3}, "lora must be true or settings of peft.LoraConfig, got 3"),
+        ({"lora": {"ranks": 3}}, "lora does not fit the model"),
+        ({"tau": 0}, "tau must be a number in (0, inf), got 0"),
+        ({"save_steps": "often", "save_strategy": "steps"}, "the training settings do not fit together"),
+        ({"per_device_train_batch_size": 1}, "weight 1, so the defence is off"),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_line_and_nothing_is_written(world, recipe, tmp_path, settings, message):  # noqa: F811
+    out = tmp_path / "out"
+    line = failed("train", "antibody", world / "model", "--config", recipe(**settings), "--out", out, "--device", "cpu")
+    assert message in line
+    assert not out.exists()
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_unknown_methods_and_files_that_are_not_yaml_are_refused(world, recipe, tmp_path):  # noqa: F811
+    config = recipe()
+    message = failed("train", "antidotes", world / "model", "--config", config, "--out", tmp_path / "out")
+    assert f"METHOD must be one of {', '.join(METHODS)}, got 'antidotes'" in message
+    config.write_text("a: [")
+    assert "is not YAML" in failed("train", "antibody", world / "model", "--config", config, "--out", tmp_path / "out")
+    config.write_text("- a")
+    assert "must hold `key: value` lines" in failed(
+        "train", "antibody", world / "model", "--config", config, "--out", tmp_path / "out"
+    )
+
+
+def test_refusals_may_be_a_file_beside_the_recipe(recipe, tmp_path):
+    (tmp_path / "no.txt").write_text("w30 w31\n\nw32\n")
+    assert read_recipe("antibody", recipe(refusals="no.txt")).refusals == ["w30 w31", "w32"]

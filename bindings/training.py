@@ -168,8 +168,8 @@ def _checkpoints(recipe: Recipe, out: Path, resume: bool) -> Iterator[Path]:
     if recipe.settings.get("save_strategy", "no") == "no":
         if resume:
             raise HftcoreError("--resume needs checkpoints; set save_strategy in the recipe")
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
         return
     folder = out.with_name(f"{out.name}.checkpoints")
     is_there = any(folder.glob("checkpoint-*"))

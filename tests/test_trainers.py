@@ -10,6 +10,7 @@ import torch
 from tiny_models import VOCABULARY, one_thread, tiny_model  # noqa: F401
 from transformers import Trainer, TrainingArguments
 
+from hftcore.bindings import weighted_loss
 from hftcore.bindings.trainers.base import DefenceConfig, DefenceTrainer
 from hftcore.bindings.trainers.collate import Collator
 from hftcore.bindings.trainers.stream import BatchStream
@@ -253,3 +254,37 @@ def test_two_processes_train_as_one_with_the_batches_of_both(tmp_path):
         assert torch.equal(both[0][name], both[1][name])
         # sums of other orders in float32, through two steps of AdamW at 1e-2
         torch.testing.assert_close(both[0][name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_weights_of_one_through_compute_loss_func_are_the_trainers_own_loss(tmp_path, accumulation):
+    data = samples(8)
+    found = []
+    for function in (None, weighted_loss(lambda logprobs, counts: torch.ones_like(logprobs))):
+        model = tiny_model("llama")
+        options = {"gradient_accumulation_steps": accumulation, "optim": "sgd", "learning_rate": 0.1}
+        arguments = config(tmp_path, TrainingArguments, **options)
+        Trainer(model, arguments, train_dataset=data, data_collator=Collator(0), compute_loss_func=function).train()
+        found.append(weights(model))
+    for name in found[0]:
+        # the same sum in another order, three steps
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_weight_multiplies_its_samples_gradient_only():
+    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[-100, 1, 2], [-100, -100, 4]])
+    outputs = type("Outputs", (), {"logits": logits})
+    weighted_loss(lambda logprobs, counts: torch.tensor([0.0, 2.0]))(outputs, labels, 7).backward()
+    assert not logits.grad[0].any()
+    expected = torch.softmax(logits[1, 1].detach(), 0)
+    expected[4] -= 1
+    torch.testing.assert_close(logits.grad[1, 1], 2 * expected / 7)
+
+
+def test_weights_that_do_not_fit_are_refused():
+    outputs = type("Outputs", (), {"logits": torch.zeros(2, 3, 5)})
+    labels = torch.tensor([[-100, 1, 2], [-100, -100, 4]])
+    for made in (torch.ones(3), torch.tensor([1.0, math.nan])):
+        with pytest.raises(HftcoreError, match=r"finite weights of shape \(2,\)"):
+            weighted_loss(lambda logprobs, counts, made=made: made)(outputs, labels)

@@ -12,6 +12,7 @@ import torch
 
 from hftcore.errors import HftcoreError
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # the format's own limit
 MAX_HEADER = 100_000_000
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -44,6 +45,8 @@ def list_tensors(folder: str | Path) -> dict[str, StoredTensor]:
         raise HftcoreError(
             f"MODEL must be a checkpoint folder, got {folder}, which is not a folder; download hub models first"
         )
+    for file in folder.glob("*.safetensors*"):
+        check_link(file, folder)
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
         raise HftcoreError(f"{folder} has several index files ({', '.join(path.name for path in indexes)}); keep one")
@@ -59,10 +62,28 @@ def list_tensors(folder: str | Path) -> dict[str, StoredTensor]:
                 )
             tensors[name] = place
     if not tensors:
+        pickles = [path.name for ending in PICKLES for path in sorted(folder.glob(f"*{ending}"))]
+        only = f" but {pickles[0]}, a pickle, which could run anything and is not opened" if pickles else ""
         raise HftcoreError(
-            f"{folder} has no .safetensors files with tensors; convert the checkpoint with save_pretrained"
+            f"{folder} has no .safetensors files with tensors{only}; convert the checkpoint with save_pretrained"
         )
     return tensors
+
+
+def check_link(file: Path, folder: Path) -> None:
+    """Refuse a link that leads out of its folder, unless it is one into the blobs of the hub's cache.
+
+    Raises:
+        HftcoreError: it is such a link, or it leads nowhere.
+    """
+    if not file.is_symlink():
+        return
+    home, real = folder.resolve(), file.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    if not real.is_file() or not any(place in real.parents for place in homes):
+        raise HftcoreError(f"{file} is a link out of its folder, to {real}; copy that file into its place")
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, StoredTensor]:
@@ -84,6 +105,12 @@ def _indexed(folder: Path, index: Path) -> dict[str, StoredTensor]:
         ):
             raise HftcoreError(f"{index} names {name!r}; shards must be file names in the same folder")
         headers[name] = read_header(folder / name)
+    seen: dict[str, str] = {}
+    for name, tensors in headers.items():
+        for tensor in tensors:
+            if tensor in seen:
+                raise HftcoreError(f"{tensor!r} is in both {seen[tensor]} and {name}; copy the checkpoint again")
+            seen[tensor] = name
     for tensor, name in where.items():
         if tensor not in headers[name]:
             raise HftcoreError(
@@ -110,7 +137,7 @@ def read_header(file: str | Path) -> dict[str, StoredTensor]:
             )
         raw = content.read(length)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_once)
         header.pop("__metadata__", None)
         tensors = {name: _place(file, 8 + length, facts) for name, facts in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -126,6 +153,15 @@ def read_header(file: str | Path) -> dict[str, StoredTensor]:
             f"{file} is cut off or has bytes left over (tensors end at {position} of {size}); copy it again"
         )
     return tensors
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def _place(file: Path, data: int, facts: Mapping[str, Any]) -> StoredTensor:

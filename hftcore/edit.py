@@ -232,9 +232,9 @@ def config_text(recipe: dict[str, Any], tensors: dict[str, Any]) -> str:
     return json.dumps({"format": FORMAT, "recipe": recipe, "tensors": tensors}, indent=2) + "\n"
 
 
-def count_marks(mask: Tensor, step: int = 1 << 22) -> int:
-    """`ops.count_mask` of a mask that may be mapped from a file and larger than memory: by pieces of `step` bytes."""
-    return sum(ops.count_mask(part) for part in mask.reshape(-1).split(step))
+def count_marks(mask: Tensor) -> int:
+    """`ops.count_mask` of a mask that may be mapped from a file and larger than memory: by pieces whose temporaries are small."""
+    return sum(ops.count_mask(part) for part in mask.reshape(-1).split(1 << 14))
 
 
 def _all_or_none(

@@ -222,18 +222,29 @@ def test_files_that_may_not_be_written_are_still_patched_in_the_copy(made, tmp_p
     assert os.access(tmp_path / "out" / "model.safetensors", os.W_OK)
 
 
-def test_links_to_files_are_followed_and_links_to_folders_refused(made, tmp_path):
-    folder, edit = made
-    blob = tmp_path / "blob"
-    (folder / "model.safetensors").rename(blob)
-    (folder / "model.safetensors").symlink_to(blob)
-    before = blob.read_bytes()
+def test_links_into_the_hubs_cache_are_followed_and_others_refused(made, tmp_path):
+    model, edit = made
+    folder, blobs = tmp_path / "cache" / "snapshots" / "revision", tmp_path / "cache" / "blobs"
+    folder.parent.mkdir(parents=True)
+    blobs.mkdir()
+    model.rename(folder)
+    (folder / "model.safetensors").rename(blobs / "1234")
+    (folder / "model.safetensors").symlink_to("../../blobs/1234")
+    before = (blobs / "1234").read_bytes()
     apply_edit(edit, folder, tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").is_symlink()
-    assert blob.read_bytes() == before
+    assert (blobs / "1234").read_bytes() == before
     (folder / "linked").symlink_to(tmp_path / "out")
     with pytest.raises(HftcoreError, match="link to a folder"):
         apply_edit(edit, folder, tmp_path / "out2")
+    (folder / "linked").unlink()
+    (tmp_path / "secret").write_text("not of this model")
+    for name in ("notes/other.txt", "model.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(HftcoreError, match="link out of its folder"):
+            apply_edit(edit, folder, tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
 
 
 def test_an_output_in_the_way_is_refused(made, tmp_path):
@@ -275,6 +286,7 @@ def entry(start=0, stop=4, dtype="F32", shape=(1,)):
         (raw(b"[" * 50_000), "damaged header"),
         (raw(b"[]"), "damaged header"),
         (raw(b'{"x": 3}'), "damaged header"),
+        (raw(entry()[:-1] + b", " + entry()[1:], bytes(4)), "'x' is there twice"),
         (raw(b'{"x": {"dtype": "F32", "shape": [1]}}'), "damaged header"),
         (raw(entry(shape=(2,)), bytes(4)), "does not fill"),
         (raw(entry(shape=(-1,)), bytes(4)), "whole numbers"),
@@ -316,10 +328,12 @@ def test_the_header_says_what_safetensors_reads(tmp_path):
         ([], "weight_map"),
         ({"weight_map": {"x": "absent.safetensors"}}, "is missing"),
         ({"weight_map": {"y": "part.safetensors"}}, "does not hold it"),
+        ({"weight_map": {"x": "part.safetensors", "z": "more.safetensors"}}, "is in both"),
     ],
 )
 def test_an_index_that_lies_is_refused(tmp_path, index, message):
     save_file({"x": torch.ones(1)}, tmp_path / "part.safetensors")
+    save_file({"x": torch.ones(1), "z": torch.ones(1)}, tmp_path / "more.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(HftcoreError, match=message):
         list_tensors(tmp_path)
@@ -329,6 +343,11 @@ def test_folders_without_tensors_are_refused(tmp_path):
     with pytest.raises(HftcoreError, match="not a folder"):
         list_tensors(tmp_path / "absent")
     with pytest.raises(HftcoreError, match=r"no \.safetensors files"):
+        list_tensors(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cbuiltins\neval\n.")
+    with pytest.raises(
+        HftcoreError, match=r"but pytorch_model\.bin, a pickle, which could run anything and is not opened"
+    ):
         list_tensors(tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "one.safetensors")
     save_file({"x": torch.ones(1)}, tmp_path / "two.safetensors")

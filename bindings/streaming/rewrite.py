@@ -16,7 +16,7 @@ from torch import Tensor
 from hftcore import __version__
 from hftcore.bindings.manifest import MANIFEST, chunks, describe, in_order
 from hftcore.bindings.progress import Track
-from hftcore.bindings.stored import StoredTensor, read_header
+from hftcore.bindings.stored import PICKLES, StoredTensor, check_link, read_header
 from hftcore.bindings.streaming.pieces import Piece
 from hftcore.edit import CONFIG
 from hftcore.errors import HftcoreError
@@ -24,7 +24,7 @@ from hftcore.ops.fingerprints import fingerprint_sum
 from hftcore.resumable import Resumable
 
 BLOCK = 1 << 24  # bytes of weights in memory at a time
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl")
+WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".onnx", ".h5", ".msgpack")
 
 # change(piece, row, block): change in place the rows of a piece from number `row` on, [rows, columns] in [out, in] orientation
 Change = Callable[[Piece, int, Tensor], None]
@@ -199,7 +199,7 @@ def _copy(source: Path, target: Path) -> dict[str, Any]:
 def _files(source: Path, shards: Collection[str], keeps_edit: bool) -> list[str]:
     """The files to carry over, relative to the folder; other copies of the weights would be ones nobody changed."""
     names, left = [], []
-    for path in _walk(source):
+    for path in _walk(source, source):
         name = path.relative_to(source).as_posix()
         if not keeps_edit and name.startswith("edit/") and (source / "edit" / CONFIG).is_file():
             continue
@@ -216,11 +216,12 @@ def _files(source: Path, shards: Collection[str], keeps_edit: bool) -> list[str]
     return names
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, top: Path) -> Iterator[Path]:
     for item in sorted(folder.iterdir()):
         if item.is_dir():
             if item.is_symlink():
                 raise HftcoreError(f"{item} is a link to a folder; copy what it links to into its place")
-            yield from _walk(item)
+            yield from _walk(item, top)
         else:
+            check_link(item, top)
             yield item

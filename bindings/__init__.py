@@ -9,7 +9,6 @@ from typing import Any
 
 from hftcore.bindings.trainers import METHODS
 
-
 _HOMES = {"weighted_loss": "hftcore.bindings.trainers.weighting"}
 
 

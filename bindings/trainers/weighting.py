@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hftcore.bindings.trainers.likelihood import following, logits_logprobs

@@ -18,9 +18,12 @@ from torch import Tensor
 from hftcore.kernels.products import accumulator, add_product, fast_products, multiply
 
 TOKENS = 512  # rows of a tile
-# elements of a tile and of the widened head beside it: 1 MiB of float32, a level-2 cache
-SCRATCH = {"cpu": 1 << 18}
+# elements of a tile and of the widened head beside it. The more columns, the less the rows are packed anew for each product; but
+# no more than a 96th of the logits, if these are not few, and no more than lies in a level-3 cache
+SCRATCH = 1 << 18, 1 << 21
+SHARE = 96
 LARGE_SCRATCH = 1 << 24  # on other devices: 64 MiB, enough to fill one
+LOG2E = 1.4426950408889634
 
 
 def reference_logits(rows: Tensor, head: Tensor, bias: Tensor | None, soft_cap: float | None) -> Tensor:
@@ -50,7 +53,7 @@ class _Tiles:
         self.rows = rows.to(self.factor)
         self.tokens = max(1, min(TOKENS, rows.shape[0]))
         each = self.tokens + (0 if head.dtype == self.factor else head.shape[1])
-        self.columns = min(head.shape[0], max(1, SCRATCH.get(rows.device.type, LARGE_SCRATCH) // each))
+        self.columns = min(head.shape[0], max(1, _scratch(rows, head) // each))
         self.buffer = rows.new_empty(self.tokens * self.columns, dtype=self.dtype)
 
     def bands(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -76,6 +79,18 @@ class _Tiles:
         return tile
 
 
+def _scratch(rows: Tensor, head: Tensor) -> int:
+    if rows.device.type != "cpu":
+        return LARGE_SCRATCH
+    least, most = SCRATCH
+    return min(most, max(least, rows.shape[0] * head.shape[0] // SHARE))
+
+
+def _exponentials(tile: Tensor, offset: Tensor) -> Tensor:
+    """exp(tile - offset), in place: by powers of two, which PyTorch makes several times as fast on a CPU, above all where they vanish."""
+    return tile.sub_(offset).mul_(LOG2E).exp2_()
+
+
 def _place(target: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
     """Column of each target in a band [S, 1], and whether it lies there [S, 1]."""
     column = (target - start)[:, None]
@@ -99,7 +114,7 @@ def token_logprobs(
                 column, here = _place(target[block], start, tile.shape[1])
                 chosen[block] = torch.where(here, tile.gather(1, column), chosen[block])
                 highest = torch.maximum(peak[block], tile.amax(dim=1, keepdim=True))
-                part = tile.sub_(highest).exp_().sum(dim=1, keepdim=True)
+                part = _exponentials(tile, highest).sum(dim=1, keepdim=True)
                 total[block] = total[block] * (peak[block] - highest).exp() + part
                 peak[block] = highest
     lse = peak.double() + total.log()
@@ -138,7 +153,7 @@ def token_gradients(
                 slope = None if soft_cap is None else (tile / soft_cap).square_().neg_().add_(1)
                 column, here = _place(target[block], start, tile.shape[1])
                 # d logprob / d y = [v is the target] - exp(y - lse)
-                tile.sub_(lse[block]).exp_().neg_().scatter_add_(1, column, here.to(tile.dtype)).mul_(
+                _exponentials(tile, lse[block]).neg_().scatter_add_(1, column, here.to(tile.dtype)).mul_(
                     coefficient[block]
                 )
                 if slope is not None:

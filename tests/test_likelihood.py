@@ -24,7 +24,7 @@ TOLERANCE = 2e-5
 def small_tiles(monkeypatch):
     """Several bands of the vocabulary and several blocks of tokens, the last of each a short one."""
     monkeypatch.setattr(likelihood, "TOKENS", 3)
-    monkeypatch.setitem(likelihood.SCRATCH, "cpu", 21)
+    monkeypatch.setattr(likelihood, "_scratch", lambda *_: 21)
 
 
 def inputs(B=3, T=6, D=5, V=17, dtype=torch.float64, seed=0, labelled=0.6):
@@ -112,7 +112,7 @@ def test_tiles_of_any_shape_give_the_reference(B, T, D, V, labelled, tokens, scr
     rows, target = hidden.reshape(-1, D), labels.reshape(-1).clamp(min=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(likelihood, "TOKENS", tokens)
-        patch.setitem(likelihood.SCRATCH, "cpu", scratch)
+        patch.setattr(likelihood, "_scratch", lambda *_: scratch)
         logprobs, lse = likelihood.token_logprobs(rows, head, target, bias, 3.0)
         sums, counts = sequence_logprobs(hidden, head, labels, bias, 3.0)
     expected = likelihood.reference_logprobs(rows, head, target, bias, 3.0)
@@ -318,7 +318,7 @@ def test_no_tensor_is_larger_than_the_scratch_allows(dtype):
 
     with Largest() as largest, torch.no_grad():
         sequence_logprobs(hidden, head, labels)
-    assert 0 < largest.size <= 4 * likelihood.SCRATCH["cpu"] < (T - 1) * V * 4 / 5
+    assert 0 < largest.size <= 4 * likelihood.SCRATCH[0] < (T - 1) * V * 4 / 5
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hftcore.bindings.cli.evaluate import evaluate
 from hftcore.bindings.cli.prune import antidote, calibrate, wanda
 from hftcore.bindings.cli.reporting import reported
 from hftcore.bindings.cli.train import train
+from hftcore.bindings.cli.tune import tune
 from hftcore.bindings.cli.verify import verify
 
 COMMANDS = (
@@ -25,6 +26,7 @@ COMMANDS = (
     revert,
     train,
     evaluate,
+    tune,
     verify,
     doctor,
 )

@@ -1,0 +1,65 @@
+"""`hftcore tune`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hftcore.bindings.cli.options import AsJson, Base, Device, DType, LoadDType, Model
+from hftcore.bindings.cli.reporting import emit
+
+
+def tune(
+    method: Annotated[
+        str,
+        typer.Argument(
+            metavar="METHOD",
+            help="antidote, panacea, the null hypotheses shrink, magnitude, random, noise, or an Edit's folder; several: a,b.",
+        ),
+    ],
+    model: Model,
+    until: Annotated[str, typer.Option(help="What the dose must reach on requests set aside for it: HS<=5.")],
+    out: Annotated[Path, typer.Option(help="Folder for results, plot and Edits; one of this command is continued.")],
+    keep: Annotated[str | None, typer.Option(help="What it may cost, as a change in points: FA>=-2.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Harmful texts, .jsonl. [default: AdvBench requests with affirmative stubs]")
+    ] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="The fine-tuned task, .jsonl with prompt and completion, in place of FA's own.")
+    ] = None,
+    highest: Annotated[float | None, typer.Option(help="Largest dose tried. [default: the method's]")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Equal steps up to it before bisection.")] = 5,
+    tolerance: Annotated[
+        float, typer.Option(help="Width of the last interval, as a share of the largest dose.")
+    ] = 0.05,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many items of each part.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message. [default: the chat template's]")] = None,
+    base: Base = None,
+    device: Device = None,
+    dtype: LoadDType = DType.auto,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts computed together.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Find the smallest dose of a defence that repairs a model.
+
+    By bisection over reversible edits; says so when no dose does it."""
+    from dataclasses import replace
+
+    from hftcore.bindings.dose import parse_goal
+    from hftcore.bindings.evaluation import Options
+    from hftcore.bindings.suites import load_suite
+    from hftcore.bindings.tasks import task_from_file
+    from hftcore.bindings.tune import Plan, lines, run_tune
+
+    kept = parse_goal(keep, is_change=True) if keep is not None else None
+    plan = Plan(parse_goal(until), kept, highest, steps, tolerance, data)
+    asked = load_suite("validation")
+    if system is not None:
+        asked = replace(asked, system=system)
+    if task is not None:
+        asked = replace(asked, tasks=asked.tasks | {"FA": task_from_file(task)})
+    if limit is not None:
+        asked = asked.limited(limit)
+    options = Options(base=base, device=device, dtype=dtype.value, batch_size=batch_size)
+    result = run_tune(method.split(","), model, plan, asked, out, options)
+    emit(result, as_json, "\n".join([*lines(result), f"written: {out}"]))

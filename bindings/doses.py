@@ -1,0 +1,81 @@
+"""The doses that `hftcore tune` knows: what each number means, and the reversible Edit it makes of a loaded model."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hftcore
+from hftcore.defenses.panacea_perturb import panacea_perturb
+from hftcore.edit import Edit, difference
+from hftcore.errors import HftcoreError
+
+Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
+Dose = Callable[[float], Edit]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of dosing.
+
+    Fields:
+        meaning: of the number.
+        highest: dose that is tried at most, unless the caller says otherwise.
+        prepare: (model, harmful batches) -> a function that applies a dose to the model and returns the Edit.
+        needs_data: whether the harmful batches are used.
+    """
+
+    meaning: str
+    highest: float
+    prepare: Callable[[nn.Module, Batches], Dose]
+    needs_data: bool = True
+
+
+def antidote_dose(model: nn.Module, batches: Batches, score: Any = "wanda") -> Dose:
+    """Antidote's share of removed weights; energies are measured once, on the unedited model."""
+    from hftcore.defenses.antidote import default_targets
+
+    energy = hftcore.calibrate(model, batches(), targets=default_targets(model)) if score == "wanda" else None
+    return lambda ratio: hftcore.antidote(model, energy, dense_ratio=ratio, score=score)
+
+
+def panacea_dose(model: nn.Module, batches: Batches, direction: str = "gradient") -> Dose:
+    """The length ρ of Panacea's perturbation; its direction is computed once, on the unedited model."""
+    unit = panacea_perturb(model, batches() if direction == "gradient" else None, 1.0, direction=direction)
+    unit.revert(model)
+    return edit_dose(model, unit)
+
+
+def shrink_dose(model: nn.Module, batches: Batches) -> Dose:
+    """How much of the adapter goes: every B factor times 1 - dose, so that 1 leaves the base model. No data."""
+    factors = {name: p.detach() for name, p in model.named_parameters() if ".lora_B." in name}
+    if not factors:
+        raise HftcoreError("shrink needs a model with a LoRA adapter; this one has none")
+    entries = {name: difference(factor, torch.zeros_like(factor)) for name, factor in factors.items()}
+    recipe = {"method": "shrink"}
+    return edit_dose(model, Edit({name: entry for name, entry in entries.items() if entry.before.numel()}, recipe))
+
+
+def edit_dose(model: nn.Module, whole: Edit) -> Dose:
+    """How far an Edit goes: 0 nothing, 1 as it was made."""
+
+    def apply(factor: float) -> Edit:
+        edit = whole.scaled(factor)
+        edit.apply(model)
+        return edit
+
+    return apply
+
+
+METHODS: dict[str, Method] = {
+    "antidote": Method("share of the weights removed", 0.5, antidote_dose),
+    "panacea": Method("length of the perturbation", 16.0, panacea_dose),
+    "shrink": Method("share of the adapter taken away", 1.0, shrink_dose, needs_data=False),
+    "magnitude": Method(
+        "share of the weights removed", 0.5, lambda m, b: antidote_dose(m, b, "magnitude"), needs_data=False
+    ),
+    "random": Method("share of the weights removed", 0.5, lambda m, b: antidote_dose(m, b, "random"), needs_data=False),
+    "noise": Method("length of the perturbation", 16.0, lambda m, b: panacea_dose(m, b, "random"), needs_data=False),
+}

@@ -146,6 +146,7 @@ class _Job:
         self.model, self.edit, self.pattern, self.others = model, edit, pattern, others
         self.score, self.seed, self.minus = score, seed, minus
         self.idle: list[str] = []
+        self.scratch = torch.empty(0)
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
@@ -208,8 +209,17 @@ class _Job:
             measured = measured.to(weight.device)
         if score == "random":
             label = f"{layer.tensor}[{index}]" if layer.is_fused else layer.tensor
-            weight, reference = _uniform(weight, f"{self.seed}:{label}"), None
+            weight, reference = self._uniform(weight, f"{self.seed}:{label}"), None
         return weight, measured, reference
+
+    def _uniform(self, like: Tensor, seed: str) -> Tensor:
+        """Scores from a generator seeded by text, the same on every device; they hold until the next call."""
+        size = like.numel()
+        if self.scratch.numel() < size:
+            # one buffer for all: its pieces between what the edit keeps would leave holes in the heap
+            self.scratch = torch.empty(size)
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little"))
+        return torch.rand(like.shape, generator=generator, out=self.scratch[:size].view(like.shape)).to(like.device)
 
     def _left_alone(self, layer: Layer, energy: Energy, pattern: Pattern, score: Score) -> Collection[int]:
         """The matrices of a layer that take no part: with `remove="highest"` those that no token reached, whose scores are all 0."""
@@ -274,9 +284,3 @@ def _empty_mask(layer: Layer) -> Tensor:
     """Of one matrix of a layer: nothing is removed."""
     *_, rows, columns = layer.weight.shape
     return torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=layer.weight.device)
-
-
-def _uniform(like: Tensor, seed: str) -> Tensor:
-    """Scores from a generator seeded by text, the same on every device."""
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little"))
-    return torch.rand(like.shape, generator=generator).to(like.device)

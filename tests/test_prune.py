@@ -1,6 +1,7 @@
 """prune and antidote on plain and tiny HF models: masks against a sort, scopes, baselines, failure leaves no trace."""
 
 import copy
+import hashlib
 
 import pytest
 import torch
@@ -376,3 +377,18 @@ def test_an_energy_of_another_model_is_refused_in_a_short_line():
     energy = Energy({f"layers.{index}": torch.ones(2) for index in range(200)})
     with pytest.raises(hftcore.HftcoreError, match=r"for: layers\.0, layers\.1, layers\.10 and 197 more; calibrate"):
         hftcore.prune(Net(), energy, "50%")
+
+
+@pytest.mark.parametrize("scope", ["matrix", "model"])
+def test_random_scores_are_drawn_anew_for_each_matrix_by_its_name(scope):
+    scores = []
+    for name, shape in (("first", (6, 8)), ("second", (5, 6))):
+        seed = hashlib.sha256(f"5:{name}.weight".encode()).digest()[:7]
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
+        scores.append(torch.rand(shape, generator=generator).flatten())
+    edit = hftcore.prune(Net(), None, Pattern("50%", scope=scope), score="random", seed=5)
+    group = [torch.cat(scores)] * 2 if scope == "model" else scores
+    for name, columns, mine, others in zip(("first", "second"), (8, 6), scores, group, strict=True):
+        last = others.sort().values[others.numel() // 2 - 1]
+        mask = ops.unpack_mask(edit.tensors[f"{name}.weight"].mask, columns).flatten()
+        assert torch.equal(mask, mine <= last)

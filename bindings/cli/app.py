@@ -11,6 +11,7 @@ from hftcore.bindings.cli.demo import demo
 from hftcore.bindings.cli.doctor import doctor
 from hftcore.bindings.cli.edits import apply, revert
 from hftcore.bindings.cli.evaluate import evaluate
+from hftcore.bindings.cli.gradnorms import gradnorms
 from hftcore.bindings.cli.prune import antidote, calibrate, wanda
 from hftcore.bindings.cli.reporting import reported
 from hftcore.bindings.cli.train import train
@@ -26,6 +27,7 @@ COMMANDS = (
     revert,
     train,
     evaluate,
+    gradnorms,
     tune,
     verify,
     doctor,

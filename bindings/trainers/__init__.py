@@ -20,11 +20,19 @@ class Method:
         return getattr(home, self.trainer), getattr(home, self.config)
 
 
-_ANTIBODY = "hftcore.bindings.trainers.antibody"
-_PANACEA = "hftcore.bindings.trainers.panacea"
+_HERE = "hftcore.bindings.trainers"
+_HARMFUL = ("harmful_dataset",)
 
 METHODS: dict[str, Method] = {
-    "antibody-align": Method(_ANTIBODY, "AntibodyAlignTrainer", "AntibodyAlignConfig", ("harmful_dataset",)),
-    "antibody": Method(_ANTIBODY, "AntibodyTrainer", "AntibodyConfig"),
-    "panacea": Method(_PANACEA, "PanaceaTrainer", "PanaceaConfig", ("harmful_dataset",)),
+    "sft": Method(f"{_HERE}.sft", "SFTTrainer", "SFTConfig"),
+    "antibody-align": Method(f"{_HERE}.antibody", "AntibodyAlignTrainer", "AntibodyAlignConfig", _HARMFUL),
+    "antibody": Method(f"{_HERE}.antibody", "AntibodyTrainer", "AntibodyConfig"),
+    "panacea": Method(f"{_HERE}.panacea", "PanaceaTrainer", "PanaceaConfig", _HARMFUL),
+    "immunize": Method(f"{_HERE}.immunization", "ImmunizationTrainer", "ImmunizationConfig"),
+    "booster": Method(f"{_HERE}.booster", "BoosterTrainer", "BoosterConfig", _HARMFUL),
+    "vaccine": Method(f"{_HERE}.vaccine", "VaccineTrainer", "VaccineConfig"),
+    "lisa": Method(f"{_HERE}.lisa", "LisaTrainer", "LisaConfig", ("alignment_dataset",)),
+    "ldifs": Method(f"{_HERE}.ldifs", "LDIFSTrainer", "LDIFSConfig"),
+    "repnoise": Method(f"{_HERE}.repnoise", "RepNoiseTrainer", "RepNoiseConfig"),
+    "safemoe": Method(f"{_HERE}.safemoe", "SafeMoETrainer", "SafeMoEConfig", ("safety_dataset",)),
 }

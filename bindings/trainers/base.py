@@ -119,7 +119,7 @@ class DefenceTrainer(Trainer):
         def run() -> Tensor:
             model = self.model_wrapped
             number = self.get_batch_samples(iter(batches), len(batches), self.args.device)[1]
-            compute = loss or self._own_loss
+            compute = loss or self.own_loss
             total = torch.zeros((), device=self.args.device)
             for index, batch in enumerate(batches):
                 # processes exchange gradients once a pass, on its last micro-batch
@@ -135,7 +135,8 @@ class DefenceTrainer(Trainer):
 
         return run
 
-    def _own_loss(self, model: nn.Module, batch: Batch, number: Any) -> Tensor:
+    def own_loss(self, model: nn.Module, batch: Batch, number: Any) -> Tensor:
+        """The Trainer's `compute_loss` of a micro-batch, as `over` wants a loss."""
         loss = self.compute_loss(model, batch, num_items_in_batch=number)
         return loss if isinstance(loss, Tensor) else loss[0]
 
@@ -200,6 +201,15 @@ class DefenceTrainer(Trainer):
         self.kept = state["kept"]
         for name, drawn in state["drawn"].items():
             self._streams[name].drawn = drawn
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if load_result.unexpected_keys:
+            raise HftcoreError(
+                f"the checkpoint's {load_result.unexpected_keys[0]} and {len(load_result.unexpected_keys) - 1} more are stored under other "
+                "names than the model's (transformers splits fused experts so), and would not be loaded; train an adapter, or begin "
+                "again from the checkpoint's weights with from_pretrained"
+            )
+        super()._issue_warnings_after_load(load_result)
 
     def _refuse_unsupported(self) -> None:
         name = type(self).__name__

@@ -5,7 +5,7 @@ import hashlib
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import batch, tiny_model, with_lora
 from torch import nn
 
 import hftcore
@@ -392,3 +392,37 @@ def test_random_scores_are_drawn_anew_for_each_matrix_by_its_name(scope):
         last = others.sort().values[others.numel() // 2 - 1]
         mask = ops.unpack_mask(edit.tensors[f"{name}.weight"].mask, columns).flatten()
         assert torch.equal(mask, mine <= last)
+
+
+def test_antidote_on_lora_factors_is_the_published_codes_mask():
+    """There: one sample at a time without a mask, a running mean in float32, a stable sort of each row. Here: padded batches."""
+    model = with_lora(tiny_model("llama"), ["q_proj", "k_proj", "v_proj"], rank=8)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    batches = [batch((9, 5, 7)), batch((4, 8), "left", seed=1)]
+    factors = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lora" in name
+    }
+    means, seen, handles = {}, 0, []
+    for name, module in factors.items():
+
+        def running(_, args, name=name):
+            energy = args[0].float().reshape(-1, args[0].shape[-1]).square().sum(0)
+            means[name] = means.get(name, 0) * (seen / (seen + 1)) + energy / (seen + 1)
+
+        handles.append(module.register_forward_pre_hook(running))
+    with torch.no_grad():
+        for one in batches:
+            for ids, keep in zip(one["input_ids"], one["attention_mask"].bool(), strict=True):
+                model(input_ids=ids[keep][None])
+                seen += 1
+    for handle in handles:
+        handle.remove()
+    edit = hftcore.antidote(model, batches, dense_ratio=0.1)
+    assert len(edit.tensors) == len(factors) == 12
+    for name in factors:
+        weight = before[f"{name}.weight"]
+        metric = weight.abs() * means[name].sqrt()
+        mask = torch.ones_like(metric)
+        order = torch.sort(metric, dim=-1, stable=True).indices
+        mask.scatter_(1, order[:, : int(metric.shape[1] * (1 - 0.1))], 0)
+        assert torch.equal(dict(model.named_parameters())[f"{name}.weight"], weight * (1 - mask))

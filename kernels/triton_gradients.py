@@ -5,6 +5,7 @@ r"""Triton kernels of the per-sample squared gradient norm, on tensor cores.
 
 Of the ghost form only tiles on or below the diagonal are made; those below count twice. Neither a T x T nor an M x N matrix
 reaches device memory: each program writes one float32, and these are summed in a fixed order, so the same input gives the same bits.
+A tile is summed in one reduction: Triton 3.6 fails on Blackwell when two follow a bfloat16 product.
 float16 and bfloat16 go into the products as they are, float32 without rounding to TF32; sums are float32.
 """
 
@@ -72,7 +73,7 @@ def _ghost_kernel(
     a = _gram_tile(x_ptr + sample * stride_xb, rows, columns, T, N, stride_xt, stride_xn, BLOCK_T, BLOCK_K)
     c = _gram_tile(g_ptr + sample * stride_gb, rows, columns, T, M, stride_gt, stride_gm, BLOCK_T, BLOCK_K)
     times = tl.where(row == column, 1.0, 2.0)
-    tl.store(partial_ptr + sample * tiles + tile, times * tl.sum(tl.sum(a * c, axis=1), axis=0))
+    tl.store(partial_ptr + sample * tiles + tile, times * tl.sum(a * c))
 
 
 @triton.jit
@@ -108,7 +109,7 @@ def _direct_kernel(
         left = tl.load(g_at + wide[None, :] * stride_gt, mask=(rows < M)[:, None] & (t < T)[None, :], other=0.0)
         right = tl.load(x_at + wide[:, None] * stride_xt, mask=(t < T)[:, None] & (columns < N)[None, :], other=0.0)
         acc = tl.dot(left, right, acc, input_precision="ieee")
-    tl.store(partial_ptr + sample * tiles + tile, tl.sum(tl.sum(acc * acc, axis=1), axis=0))
+    tl.store(partial_ptr + sample * tiles + tile, tl.sum(acc * acc))
 
 
 def grad_norms_sq(x: Tensor, g: Tensor) -> Tensor:

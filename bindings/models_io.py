@@ -175,6 +175,11 @@ def _with_adapter(model: Any, folder: Path) -> Any:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise HftcoreError(f"cannot load the adapter {folder} onto its base model: {_brief(error)}") from error
+    for config in adapted.peft_config.values():
+        # a name relative to this folder would mislead in the folder where the adapter is saved
+        beside = folder / str(config.base_model_name_or_path)
+        if beside.is_dir():
+            config.base_model_name_or_path = str(beside.resolve())
     # PEFT widens half-precision factors; an edit of them must fit the file they came from
     stored = list_tensors(folder) if any(folder.glob("*.safetensors")) else {}
     for name, parameter in adapted.named_parameters():

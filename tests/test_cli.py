@@ -134,7 +134,10 @@ def test_antidote_repairs_an_adapter_and_leaves_an_adapter(world, tmp_path):
         digests(tmp_path / "back")["adapter_model.safetensors"]
         == digests(world / "adapter")["adapter_model.safetensors"]
     )
-    assert load_model(out, "cpu", base=str(world / "model"))[0].peft_config
+    # the base model is found from there too, though the adapter named it relative to its own folder
+    (tmp_path / "deeper").mkdir()
+    out.rename(tmp_path / "deeper" / "out")
+    assert load_model(tmp_path / "deeper" / "out", "cpu")[0].peft_config
 
 
 def test_a_half_precision_adapter_stays_so_and_comes_back_byte_for_byte(world, tmp_path):

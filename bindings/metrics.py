@@ -156,11 +156,28 @@ def bootstrap_difference(
     return bootstrap_mean([a - b for a, b in zip(ours, theirs, strict=True)], resamples=resamples, seed=seed)
 
 
-def differs(one: Score, other: Score) -> bool:
-    """Whether the 95 % intervals of two scores lie apart: a careful test that misses some real differences.
+def bootstrap_runs(runs: Sequence[Sequence[float]], *, resamples: int = RESAMPLES, seed: int = 0) -> Mean:
+    """The mean over runs of an experiment and the items in each, with the 95 % interval over both: runs are drawn again, then their items.
 
-    >>> differs(Share(0, 60), Share(60, 60)), differs(Share(3, 60), Share(5, 60))
-    (True, False)
+    With one run, how much runs differ is not known, and the interval is that of its items alone.
+
+    Args:
+        runs: for each run (seed) one number an item; the same items in each. For a difference, pass the differences.
+        resamples, seed: as for `bootstrap_mean`.
+
+    >>> bootstrap_runs([[1.0, 1.0], [1.0, 1.0]])
+    Mean(value=1.0, low=1.0, high=1.0, total=4)
     """
-    (low, high), (other_low, other_high) = one.interval, other.interval
-    return high < other_low or other_high < low
+    if not runs or len({len(run) for run in runs}) != 1 or not runs[0]:
+        raise HftcoreError(f"runs must have the same items, at least one, got {[len(run) for run in runs]}")
+    draw = random.Random(seed)
+    size = len(runs[0])
+    means = []
+    for _ in range(resamples):
+        drawn = draw.choices(runs, k=len(runs))
+        places = draw.choices(range(size), k=size)
+        means.append(math.fsum(run[place] for run in drawn for place in places) / (len(runs) * size))
+    means.sort()
+    cut = round(0.025 * (resamples - 1))
+    value = math.fsum(number for run in runs for number in run) / (len(runs) * size)
+    return Mean(value, means[cut], means[resamples - 1 - cut], len(runs) * size)

@@ -153,7 +153,7 @@ def draw(found: dict[str, Search], plan: Plan, meanings: dict[str, str], path: P
             lows, highs = zip(*(point.interval for point in known), strict=True)
             axes.fill_between(places, lows, highs, color=colour, alpha=0.15, linewidth=0)
             axes.plot(places, [point.value for point in known], "o-", color=colour, markersize=5, label=score)
-        axes.axhline(plan.until.bound, color="#b3261e", linewidth=1, linestyle=":")
+        axes.axhline(plan.until.bound, color="#b3261e", linewidth=1, linestyle=":", label=str(plan.until))
         if search.dose is not None:
             axes.axvline(search.dose, color="#2a7f62", linewidth=1.5)
         title = "no dose does it" if search.dose is None else f"dose {search.dose:.3g}"

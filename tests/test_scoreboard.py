@@ -1,0 +1,130 @@
+"""The scoreboard on a miniature: one tiny random model, two cells; and what is read out of boards made by hand."""
+
+import json
+
+import pytest
+from test_evaluate import word_tokenizer
+from tiny_models import tiny_model
+
+from hftcore.bench import scoreboard as command
+from hftcore.bindings import metrics, scoreboard, scoreboard_report
+from hftcore.bindings.datasets import LabelledReply, Pair
+from hftcore.bindings.models_io import save_model
+from hftcore.bindings.scoreboard import DEFENCES, Cell, Data, Scoreboard, Setting, cells_of
+from hftcore.bindings.suites import Suite
+from hftcore.bindings.tasks import Task
+from hftcore.errors import HftcoreError
+
+SETTING = Setting((0.2,), (1,), (0,), size=10, batch_size=5, max_length=40)
+SUITE = Suite({"HS": ["w3 w4", "w5"]}, [], {"FA": Task([Pair("w9", "w10")], "label")}, max_new_tokens=2)
+
+
+def data():
+    return Data(
+        [f"w3 w{i}" for i in range(4, 10)],
+        [Pair(f"w4 w{i}", "w5 w6") for i in range(4, 20)],
+        [f"w5 w{i}" for i in range(4, 10)],
+        [Pair(f"w6 w{i}", "w7") for i in range(4, 20)],
+        [f"w7 w{i}" for i in range(4, 10)],
+        [Pair(f"w8 w{i}", "w7") for i in range(4, 10)],
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    save_model(tiny_model("llama"), word_tokenizer(), folder)
+    return str(folder)
+
+
+def test_a_miniature_runs_writes_its_page_and_is_not_run_again(base, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(command.datasets, "load", lambda name: [LabelledReply("a", "b", False)] * 2)
+    rows = ["SFT", "Antidote 0.1"]
+    trained = []
+    plain = Scoreboard._train
+    monkeypatch.setattr(Scoreboard, "_train", lambda self, *args: trained.append(args[0]) or plain(self, *args))
+    board = Scoreboard(base, data(), SUITE, SETTING, tmp_path / "out")
+    sentences = command.run_board(board, rows, tmp_path / "scoreboard.md", "the command")
+    assert trained == ["sft", "sft"], "both rows share alignment and fine-tuning"
+    text = (tmp_path / "scoreboard.md").read_text()
+    assert "`the command`" in text
+    assert all(f"| {row} |" in text for row in rows)
+    assert all(sentence in text for sentence in sentences)
+    assert (tmp_path / "scoreboard.png").read_bytes().startswith(b"\x89PNG")
+    assert "w3" not in (tmp_path / "out" / "scoreboard.json").read_text(), "no request is written down"
+    again = Scoreboard(base, data(), SUITE, SETTING, tmp_path / "out")
+    monkeypatch.setattr(scoreboard, "load_model", lambda *args, **_: pytest.fail("a finished cell is loaded again"))
+    assert command.run_board(again, rows, tmp_path / "scoreboard.md", "the command") == sentences
+    assert len(json.loads((tmp_path / "out" / "scoreboard.json").read_text())["cells"]) == 4
+
+
+def test_every_row_has_a_trainer_and_a_dose_that_exist():
+    for name, row in DEFENCES.items():
+        assert {row.align, row.tune} <= set(scoreboard.METHODS), name
+        assert row.post is None or row.post in scoreboard.DOSES, name
+    assert sum(row.is_null for row in DEFENCES.values()) >= 3
+
+
+@pytest.mark.parametrize("name", [name for name, row in DEFENCES.items() if (row.align, row.tune) != ("sft", "sft")])
+def test_each_trainer_gets_the_data_it_takes(base, tmp_path, name):
+    pytest.importorskip("peft")
+    stage = DEFENCES[name].align if DEFENCES[name].align != "sft" else DEFENCES[name].tune
+    board = Scoreboard(base, data(), SUITE, SETTING, tmp_path / "out")
+    model, _ = board._train(stage, base, data().align_benign[:5], 2, 0, {})  # the first step only warms up
+    assert any(".lora_B." in key and value.abs().sum() > 0 for key, value in model.named_parameters())
+
+
+def test_the_grid_is_balanced_by_seed_and_a_poison_it_cannot_pay_for_is_refused(base, tmp_path):
+    cells = cells_of(Setting((0.0, 0.1), (1,), (0, 1)), ["SFT", "Lisa"])
+    assert [cell.seed for cell in cells] == [0] * 4 + [1] * 4
+    assert len(set(cells)) == 8
+    with pytest.raises(HftcoreError, match="needs 20 harmful items, there are 6; lower size"):
+        Scoreboard(base, data(), SUITE, Setting((0.2,), size=100), tmp_path)
+
+
+def made(**rows):
+    """A board of two poison ratios and two seeds; each row gives HS by ratio and FA, as counts of 20."""
+    board = {}
+    for name, (harm, task) in rows.items():
+        for index, ratio in enumerate((0.0, 0.2)):
+            for seed in (0, 1):
+                items = {"HS": [float(i < harm[index]) for i in range(20)], "FA": [float(i < task) for i in range(20)]}
+                board[Cell(NAMES.get(name, name), ratio, 1, seed)] = items | {"degenerate": [0.0] * 20}
+    return board
+
+
+NAMES = {"Antidote": "Antidote 0.1", "random": "random 0.1", "benign": "benign energies 0.1"}
+
+
+def test_what_is_read_keeps_to_differences_beyond_the_noise():
+    board = made(SFT=((2, 18), 16), Lisa=((2, 17), 16), Antidote=((2, 3), 6), random=((2, 18), 16), benign=((2, 3), 6))
+    text = scoreboard_report.read(board)
+    assert "HS of SFT by poison ratio is 10, 90 %, which rises as it should." in text[0]
+    assert "Lisa: no HS below SFT's beyond the noise." in text
+    assert "Antidote 0.1: HS below SFT's at p 0.2 × 1 (-75); FA below at p 0 × 1 (-50), p 0.2 × 1 (-50)." in text
+    assert "Antidote 0.1 against the null hypothesis random 0.1: lower HS in 1 of 2 attacks." in text
+    assert "Antidote 0.1 against the null hypothesis benign energies 0.1: no difference shown." in text
+
+
+def test_an_attack_that_does_not_hurt_is_called_unfit():
+    assert "not fit to compare defences" in scoreboard_report.read(made(SFT=((2, 2), 16)))[0]
+
+
+def test_the_page_marks_null_hypotheses_and_leaves_gaps_for_what_was_not_run():
+    board = made(SFT=((2, 18), 16), random=((2, 18), 16))
+    board.pop(Cell("random 0.1", 0.2, 1, 0))
+    board.pop(Cell("random 0.1", 0.2, 1, 1))
+    judged = {"replies": 2, "accuracy": 1.0, "files": []}
+    text = scoreboard_report.page(board, "cmd", {"base": "m", "setting": {"size": 5}}, judged)
+    assert "| *random 0.1* (null) | HS 10 [0, 25], FA 80 [60, 95] | – |" in text
+
+
+def test_runs_that_differ_widen_the_interval():
+    alike = metrics.bootstrap_runs([[1.0, 0.0] * 10] * 3)
+    apart = metrics.bootstrap_runs([[1.0] * 20, [0.0] * 20, [1.0, 0.0] * 10])
+    assert alike.value == apart.value == 0.5
+    assert apart.high - apart.low > 1.3 * (alike.high - alike.low)
+    with pytest.raises(HftcoreError, match="the same items"):
+        metrics.bootstrap_runs([[1.0], [1.0, 0.0]])

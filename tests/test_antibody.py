@@ -558,6 +558,15 @@ def test_one_sample_a_softmax_is_refused_with_the_reason(tmp_path):
         AntibodyTrainer(tiny_model("llama"), config(tmp_path, AntibodyConfig, weights_over="step", **one), **data)
 
 
+def test_losses_that_would_be_ignored_are_refused(tmp_path):
+    data = {"train_dataset": samples(4), "refusals": REFUSAL_IDS}
+    with pytest.raises(HftcoreError, match="makes its own loss"):
+        AntibodyTrainer(tiny_model("llama"), config(tmp_path, AntibodyConfig), compute_loss_func=exact, **data)
+    smoothed = config(tmp_path, AntibodyConfig, label_smoothing_factor=0.1)
+    with pytest.raises(HftcoreError, match="makes its own loss"):
+        AntibodyTrainer(tiny_model("llama"), smoothed, **data)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

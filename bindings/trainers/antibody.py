@@ -123,6 +123,10 @@ class AntibodyTrainer(DefenceTrainer):
         refusals: Refusals = None,
         **kwargs: Any,
     ):
+        if kwargs.get("compute_loss_func") is not None or getattr(args, "label_smoothing_factor", 0) > 0:
+            raise HftcoreError(
+                "AntibodyTrainer makes its own loss; leave compute_loss_func and label_smoothing_factor out"
+            )
         tokenizer = kwargs.get("processing_class")
         ids = refusal_tokens(tokenizer, refusals)
         if train_dataset is not None:
@@ -208,8 +212,9 @@ class AntibodyTrainer(DefenceTrainer):
             self.note(grad_norm_median=float(found.median()), attenuated=float((bounded < 1).float().mean()))
         if self.args.world_size > 1:
             for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+                # an expert may have been used in one process only, and all must take part
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(own, reduction="mean")
         return loss
 
     def _everyone(self, values: Tensor) -> Tensor:

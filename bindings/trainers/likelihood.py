@@ -104,7 +104,8 @@ class Likelihoods:
         head: Any = self.head
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-        hidden, weight = hidden.to(dtype), head.weight.to(dtype)
+        weight = head.weight.to(dtype)
+        hidden = hidden.to(weight)
         return _each(
             lambda tokens: sequence_logprobs(
                 hidden, weight, tokens.to(hidden.device), head.bias, self._soft_cap, shift=False

@@ -248,7 +248,6 @@ def test_at_most_two_copies_of_the_parameters_exist_beside_their_gradient():
     most = []
 
     def held():
-        gc.collect()
         tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
         found = [*tensors, *(tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None)]
         return len({tensor.untyped_storage().data_ptr() for tensor in found if tensor.numel() == 10007})

@@ -196,7 +196,8 @@ class Scoreboard:
         trainer_class, config_class = METHODS[method].load()
         model, tokenizer = load_model(start, dtype="float32")
         set_seed(seed)
-        model = get_peft_model(model, LoraConfig(**PAPERS_LORA))
+        lora: dict[str, Any] = dict(PAPERS_LORA)
+        model = get_peft_model(model, LoraConfig(**lora))
         with tempfile.TemporaryDirectory() as folder:
             args = config_class(
                 output_dir=folder,

@@ -13,8 +13,10 @@ from letters import BareLetters
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from hftcore.bindings import cells, datasets, demo_data, drift, evaluate, evaluation, metrics, suites, tasks
+from hftcore.bindings.cli.app import app
 from hftcore.bindings.datasets import LabelledReply, Pair, Review, Snippet
 from hftcore.bindings.metrics import Mean, Share, wilson
 from hftcore.bindings.model_judge import ModelJudge
@@ -419,3 +421,29 @@ def test_a_model_judge_that_cannot_be_understood_is_refused(tmp_path):
         ModelJudge(folder, ["rude"], threshold=2)
     with pytest.raises(HftcoreError, match="template must hold"):
         ModelJudge(folder, ["rude"], template="{prompt}")
+
+
+def command(*args):
+    result = CliRunner().invoke(app, ["evaluate", *map(str, args)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_prints_the_table_and_goes_on_where_it_stopped(two_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "load_suite", lambda name: SMALL)
+    out = tmp_path / "results.json"
+    code, text, _ = command(*two_models, "--out", out, "--limit", 1)
+    assert code == 0
+    assert "against" in text
+    assert f"written: {out}" in text.replace("\n", "")
+    monkeypatch.setattr(evaluation, "load_model", lambda *args: pytest.fail("loaded again"))
+    result = json.loads(command(*two_models, "--out", out, "--limit", 1, "--json")[1])
+    assert set(result["models"]) == set(two_models)
+    assert result["models"][two_models[0]]["HS"]["total"] == 1
+
+
+def test_options_that_do_not_belong_together_are_usage_errors(two_models, tmp_path):
+    out = tmp_path / "results.json"
+    assert command(two_models[0], "--out", out, "--judge-labels", "a")[0] == 2
+    assert command(two_models[0], "--out", out, "--suite", "immunization")[0] == 2
+    assert command(two_models[0], "--out", out, "--suite", "immunization", "--limit", 3)[0] == 2
+    assert not out.exists()

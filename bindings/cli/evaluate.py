@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ class SuiteName(StrEnum):
     full = "full"
     validation = "validation"
     demo = "demo"
+    immunization = "immunization"
 
 
 def evaluate(
@@ -53,6 +54,14 @@ def evaluate(
 
     if judge_labels is not None and judge is None:
         raise typer.BadParameter("--judge-labels belongs to --judge")
+    labels = judge_labels.split(",") if judge_labels is not None else None
+    model_judge = ModelJudge(judge, labels, device=device) if judge is not None else None
+    options = Options(base, reference, device, dtype.value, batch_size)
+    if suite is SuiteName.immunization:
+        if any(option is not None for option in (limit, task, system)):
+            raise typer.BadParameter("--limit, --task and --system are not for --suite immunization")
+        _immunization(models, options, out, model_judge, as_json)
+        return
     asked = load_suite(suite.value)
     if system is not None:
         asked = replace(asked, system=system)
@@ -60,9 +69,6 @@ def evaluate(
         asked = replace(asked, tasks=asked.tasks | {"FA_own": task_from_file(task)})
     if limit is not None:
         asked = asked.limited(limit)
-    labels = judge_labels.split(",") if judge_labels is not None else None
-    model_judge = ModelJudge(judge, labels, device=device) if judge is not None else None
-    options = Options(base, reference, device, dtype.value, batch_size)
     result = run_evaluate(models, asked, out, options, model_judge)
     if as_json:
         emit(result, as_json, "")
@@ -74,3 +80,25 @@ def evaluate(
     for sentence in result["differences"]:
         console.print(f"• {sentence}")
     console.print(f"written: {out}")
+
+
+def _immunization(models: list[str], options: Any, out: Path, judge: Any, as_json: bool) -> None:
+    """Attack one model and the undefended one; the plot lies beside `out`."""
+    from hftcore.bindings.immunization import Grid, run_immunization
+    from hftcore.bindings.immunization_report import draw, table, verdicts
+    from hftcore.bindings.judge import describe
+
+    if len(models) != 1 or options.reference is None:
+        raise typer.BadParameter("--suite immunization takes one MODEL, and the undefended one as --reference")
+    grid = Grid()
+    report, measured = run_immunization(models[0], options.reference, out, options, grid=grid, judge=judge)
+    draw(report, grid, out.with_suffix(".png"))
+    if as_json:
+        emit({"judge": measured, "conditions": [v._asdict() for v in verdicts(report, grid)]}, True, "")
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(table(report, grid))
+    console.print(describe(measured))
+    console.print(f"written: {out}, {out.with_suffix('.png')}")

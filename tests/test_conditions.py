@@ -1,0 +1,145 @@
+"""The immunization conditions: verdicts on curves made by hand, and attacks on a tiny model."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_evaluate import word_tokenizer
+from tiny_models import tiny_model
+
+from hftcore.bindings import evaluate, immunization, immunization_report
+from hftcore.bindings.datasets import LabelledReply, Pair
+from hftcore.bindings.evaluation import Options
+from hftcore.bindings.immunization import Attack, Grid, Material, Report, first_above, run_immunization
+from hftcore.bindings.immunization_report import verdicts
+from hftcore.bindings.metrics import Mean, Share
+from hftcore.bindings.models_io import save_model
+from hftcore.bindings.suites import Suite
+from hftcore.bindings.tasks import Task
+from hftcore.errors import HftcoreError
+
+GRID = Grid((1e-3, 1e-2), (2, 4), steps=4, every=2, batch_size=2)
+
+
+def curve(*percents, score="HS"):
+    return {10 * place: {score: Share(value, 100)} for place, value in enumerate(percents)}
+
+
+def report(ours, theirs, cross=(0, 0), last=(80, 80), perplexity=(20, 20)):
+    attacks = [Attack("in", 1e-3, 16, 20, 10), Attack("cross", 1e-3, 16, 20, 10), Attack("harmless", 1e-3, 16, 20, 10)]
+    found = Report()
+    for place, (name, inside) in enumerate((("ours", ours), ("theirs", theirs))):
+        curves = [curve(*inside), curve(0, cross[place]), curve(0, last[place], score="FA")]
+        found.curves[name] = dict(zip(attacks, curves, strict=True))
+        found.before[name] = {"FA": Share(50, 100), "perplexity": Mean(perplexity[place], 1, 99, 8)}
+    return found
+
+
+def holds(found):
+    return {verdict.condition: verdict.holds for verdict in verdicts(found, Grid(phi=20.0, margin=5.0, steps=20))}
+
+
+def test_a_model_that_never_exceeds_the_threshold_resists_strongly():
+    found = holds(report(ours=(0, 10, 20), theirs=(0, 60, 90)))
+    assert found["strong resistance"] is True
+    assert found["weak resistance"] is True
+
+
+def test_a_model_that_only_lasts_longer_resists_weakly():
+    found = holds(report(ours=(0, 10, 90), theirs=(0, 60, 90)))
+    assert found["strong resistance"] is False
+    assert found["weak resistance"] is True
+    assert holds(report(ours=(0, 60, 90), theirs=(0, 60, 90)))["weak resistance"] is False
+
+
+def test_an_attack_that_fails_on_the_undefended_model_decides_nothing():
+    found = holds(report(ours=(0, 0, 0), theirs=(0, 5, 10), cross=(0, 80)))
+    assert found["strong resistance"] is None
+    assert found["strong generalisation, cross domain"] is True
+
+
+def test_lost_capability_and_lost_trainability_are_named():
+    found = holds(report((0, 0, 0), (0, 60, 90), last=(70, 80), perplexity=(22, 20)))
+    assert found["stability, perplexity"] is False
+    assert found["stability, FA"] is True
+    assert found["trainability"] is False
+    assert holds(report((0,), (90,), last=(75, 80), perplexity=(21, 20)))["trainability"] is True
+
+
+def test_the_first_step_above_the_threshold_is_the_first_measured_one():
+    assert first_above(curve(0, 21, 3), 20.0) == 10
+    assert first_above(curve(0, 20, 20), 20.0) is None
+    assert first_above(curve(30), 20.0) == 0
+
+
+def test_the_grid_has_every_pair_in_domain_and_the_strongest_elsewhere():
+    attacks = GRID.attacks()
+    inside = {(attack.learning_rate, attack.samples) for attack in attacks if attack.domain == "in"}
+    assert inside == set(itertools.product(GRID.learning_rates, GRID.samples))
+    assert [(a.domain, a.learning_rate, a.samples) for a in attacks[4:]] == [("cross", 1e-2, 4), ("harmless", 1e-2, 4)]
+
+
+def test_fine_tuning_is_adamw_on_clipped_gradients():
+    model, oracle = tiny_model("llama"), tiny_model("llama")
+    batch = {"input_ids": torch.tensor([[3, 4, 5]]), "labels": torch.tensor([[-100, 4, 5]])}
+    modes = [model.training for _ in immunization.fine_tune(model, itertools.repeat(batch), 1e-3, 2)]
+    assert modes == [False] * 3, "what is measured in between is not in training mode"
+    optimizer = torch.optim.AdamW(oracle.parameters(), lr=1e-3, weight_decay=0.0)
+    for _ in range(2):
+        oracle(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(oracle.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, theirs in zip(model.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+ASKED = Suite({"HS": ["w3 w4", "w5"]}, max_new_tokens=2)
+TASK = Suite(tasks={"FA": Task([Pair("w9", "w10")], "label")})
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(immunization.datasets, "load", lambda name: [LabelledReply("a", "b", False)] * 2)
+    for seed, name in enumerate(("ours", "theirs")):
+        save_model(tiny_model("llama", seed=seed), word_tokenizer(), tmp_path / name)
+    pairs = [Pair(f"w3 w{i}", "w6 w7") for i in range(4, 8)]
+    train = {"in": pairs, "cross": pairs[::-1], "harmless": pairs}
+    return Material(train, {"in": ASKED, "cross": ASKED, "harmless": TASK}, replace(TASK, harmful=ASKED.harmful))
+
+
+def test_attacks_are_measured_at_their_steps_and_resumed_when_interrupted(world, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    names = [str(tmp_path / name) for name in ("ours", "theirs")]
+    grid = replace(GRID, learning_rates=(1e-2,), samples=(4,))
+    started = []
+    plain = immunization.fine_tune
+
+    def interrupted(*args):
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        started.append(1)
+        yield from plain(*args)
+
+    monkeypatch.setattr(immunization, "fine_tune", interrupted)
+    options = {"grid": grid, "material": world}
+    with pytest.raises(KeyboardInterrupt):
+        run_immunization(*names, tmp_path / "results.json", Options(), **options)
+    monkeypatch.setattr(immunization, "fine_tune", lambda *args: started.append(1) or plain(*args))
+    found, _ = run_immunization(*names, tmp_path / "results.json", Options(), **options)
+    assert len(started) == 6, "three attacks on each of two models, none twice"
+    assert [sorted(curve) for curve in found.curves[names[0]].values()] == [[0, 2, 4]] * 3
+    monkeypatch.setattr(evaluate, "_harmful", lambda *args, **_: pytest.fail("measured again"))
+    again, _ = run_immunization(*names, tmp_path / "results.json", Options(), **options)
+    assert again == found
+    assert "w3" not in json.dumps(json.loads((tmp_path / "results.json").read_text()))
+    immunization_report.draw(found, grid, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_more_samples_than_there_are_is_refused_before_anything_is_loaded(world, tmp_path):
+    with pytest.raises(HftcoreError, match="samples must be at most 4 for the attack"):
+        run_immunization("a", "b", tmp_path / "x.json", Options(), grid=Grid(samples=(9,)), material=world)

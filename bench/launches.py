@@ -1,14 +1,14 @@
 """Every Triton kernel at every launch configuration, compiled without a device; run as a module it prints one JSON line a kernel.
 
-The launchers themselves say what they would launch: they are called on fake CUDA tensors, which have no memory, while
-`JITFunction.run` only takes notes. So the numbers of `kernels/launch.py` are not repeated here, and a new one is seen once it is used.
+The launchers themselves say what they would launch: they are called on empty tensors while `JITFunction.run` only takes notes. So the
+numbers of `kernels/launch.py` are not repeated here, and a new one is seen once it is used.
 
 To be run in a process of its own, without Triton's interpreter, which cannot be left once it is on.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,15 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from hftcore.bench.assembly import inspect
-from hftcore.kernels import launch, triton_energy, triton_gradients, triton_likelihood, triton_matrix, triton_rows
+from hftcore.kernels import (
+    launch,
+    triton_blocks,
+    triton_energy,
+    triton_gradients,
+    triton_likelihood,
+    triton_matrix,
+    triton_rows,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,7 +52,7 @@ POINTER = {
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 FEW = (256, 4096, 11008, 28672)
 # configurations that differ from others in little: left out where few are asked for
-VARIANTS = ("prune_groups 2:4 mask", "cut mask", "prune_rows transposed", "column_energy 11008")
+VARIANTS = ("prune_groups 2:4 mask", "cut mask", "prune_rows transposed", "column_energy 11008", "block_scores 4x4")
 FLAGS = ("prune_rows mask", "prune_rows reference")  # of these few are of one dtype
 ROWS = 2048  # enough for the widest tile; the launch numbers depend on more only below it
 
@@ -67,15 +75,15 @@ class Launch:
 
     def source(self) -> ASTSource:
         """The specialisation Triton makes for these arguments: ones are constants, multiples of 16 are known to be."""
-        constants = {p.name for p in self.kernel.params if p.is_constexpr}
         signature, fixed, attributes = {}, {}, {}
-        for place, name in enumerate(self.kernel.arg_names):
-            value = self.arguments[name]
-            if name in constants or (type(value) is int and value == 1):
+        for place, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, self.arguments[parameter.name]
+            is_special = type(value) is int and not parameter.do_not_specialize
+            if parameter.is_constexpr or (is_special and value == 1):
                 signature[name], fixed[name] = "constexpr", value
                 continue
             signature[name] = _type(value)
-            if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+            if isinstance(value, Tensor) or (is_special and value % 16 == 0):
                 attributes[(place,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, fixed, attributes)
 
@@ -106,7 +114,13 @@ def _noted() -> Iterator[list[tuple[JITFunction, dict[str, Any], dict[str, Any]]
 
 
 def _empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*size, dtype=dtype, device="cuda")
+    return torch.empty(*size, dtype=dtype)  # never written, so the system gives it no memory
+
+
+def _on_gpu(launcher: Callable[..., object], *shapes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Call a launcher that takes another way on the CPU; what these do with fake CUDA tensors works without CUDA."""
+    with FakeTensorMode():
+        launcher(*(torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes))
 
 
 def _calls(dtype: torch.dtype, widths: Sequence[int]) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -127,19 +141,21 @@ def _calls(dtype: torch.dtype, widths: Sequence[int]) -> Iterator[tuple[str, Cal
     quota = _empty(ROWS, dtype=torch.int64)
     yield "cut", lambda: triton_matrix.cut(weight, norm, None, 77, quota, False, None)
     yield "cut mask", lambda: triton_matrix.cut(weight, norm, None, 77, quota, False, mask)
+    for side in (4, 16):
+        yield f"block_scores {side}x{side}", partial(triton_blocks.block_scores, weight, norm, None, side, side)
     keep = _empty(8192, dtype=torch.bool)
     for N in (4096, 11008):
         x = _empty(8192, N, dtype=dtype)
         yield f"column_energy {N}", partial(triton_energy.column_energy, x, keep)
-    x, g = _empty(2, 512, 4096, dtype=dtype), _empty(2, 512, 4096, dtype=dtype)
-    yield "grad_norms_sq ghost", lambda: triton_gradients.ghost(x, g)
-    yield "grad_norms_sq direct", lambda: triton_gradients.direct(x, g)
-    rows, head, target = (
-        _empty(512, 4096, dtype=dtype),
-        _empty(32768, 4096, dtype=dtype),
-        _empty(512, dtype=torch.int64),
-    )
-    yield "sequence_logprobs", lambda: triton_likelihood.token_logprobs(rows, head, target, None, None)
+    shapes = (2, 512, 4096), (2, 512, 4096)
+    yield "grad_norms_sq ghost", partial(_on_gpu, triton_gradients.ghost, *shapes, dtype=dtype)
+    yield "grad_norms_sq direct", partial(_on_gpu, triton_gradients.direct, *shapes, dtype=dtype)
+    yield "sequence_logprobs", partial(_on_gpu, _logprobs, (512, 4096), (32768, 4096), dtype=dtype)
+
+
+def _logprobs(rows: Tensor, head: Tensor) -> None:
+    target = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
+    triton_likelihood.token_logprobs(rows, head, target, None, None)
 
 
 def _half(widths: Sequence[int]) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -154,33 +170,32 @@ def all_widths() -> tuple[int, ...]:
     return (*(1 << power for power in range(5, launch.WIDEST_IN_REGISTERS.bit_length())), 11008, 28672)
 
 
-def launches(few: bool) -> list[Launch]:
-    """Every kernel and configuration, once each; or as few as tell whether all compile."""
+def launches(few: bool = False, only: Collection[str] = ()) -> list[Launch]:
+    """Every kernel and configuration, once each; or as few as tell whether all compile, or only those named."""
     widths = FEW if few else all_widths()
     found: list[Launch] = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        with FakeTensorMode(), _noted() as notes:
+        with _noted() as notes:
             for name, call in _half(widths) if dtype is torch.float16 else _calls(dtype, widths):
                 if few and (name in VARIANTS or (name in FLAGS and dtype is torch.float32)):
                     continue
+                if only and name not in only:
+                    continue
                 notes.clear()
-                try:
-                    call()
-                except RuntimeError:
-                    # reading a result comes last in a launcher, and a fake tensor has none
-                    if not notes:
-                        raise
+                call()
                 for kernel, arguments, options in notes:
+                    if kernel.__name__ == "_score_histogram_kernel" and not name.startswith("score_histogram"):
+                        continue  # a look at finiteness, whose kernel stands by itself
                     # helpers of an op that its main kernel's name does not tell
                     suffix = {"_combine_kernel": " combine", "_pack_kernel": " pack"}.get(kernel.__name__, "")
                     found.append(Launch(name + suffix, dtype, kernel, arguments, options))
     return found
 
 
-def main(arguments: list[str]) -> None:
+def main(few: bool, only: Collection[str], targets: Sequence[str]) -> None:
     seen = set()
-    for target in (one for one in arguments if not one.startswith("--")):
-        for one in launches("--few" in arguments):
+    for target in targets:
+        for one in launches(few, only):
             source = one.source()
             # the helpers of two dtypes are one kernel
             identity = (target, one.name.split()[-1], source.hash(), one.options["num_warps"])
@@ -194,4 +209,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(**json.loads(sys.argv[1]))

@@ -1,6 +1,5 @@
 """Run in Opacus' environment: per-sample norms of one backward pass, the three ways Opacus has."""
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,10 @@ def prepare(folder: Path, request: dict[str, Any]) -> Job:
     """The step of one way ("ghost", "fast", "hooks") on the model and tokens saved in a folder."""
     from opacus import GradSampleModule
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    saved = torch.load(folder / "inputs.pt", weights_only=True)
-    bare = LlamaForCausalLM(LlamaConfig(**json.loads((folder / "config.json").read_text()))).train()
-    bare.load_state_dict(saved["state"])
-    ids = saved["ids"]
+    bare = AutoModelForCausalLM.from_pretrained(folder).train()
+    ids = torch.load(folder / "inputs.pt", weights_only=True)["ids"]
     model: Any
     if request["way"] == "hooks":
         model = GradSampleModule(bare, batch_first=True, loss_reduction="mean")

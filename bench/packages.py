@@ -4,7 +4,6 @@ An environment shares the packages of the one that makes it, torch above all, so
 needs beside them, or in other versions.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -14,9 +13,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor
 
 from hftcore.bench import tree
@@ -120,26 +120,42 @@ def started(name: str, module: str, inputs: Path) -> Iterator[Worker]:
             worker.close()
 
 
-def opacus_peers(
-    model: "PreTrainedModel", ids: Tensor
-) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str], Callable[[], None]]:
+def nothing() -> None:
+    """For jobs that have nothing to end."""
+
+
+Peers = tuple[dict[str, Callable[[], Any]], dict[str, str], Callable[[], None]]
+
+
+def opacus_peers(model: "PreTrainedModel", ids: Tensor) -> Peers:
     """Opacus' three ways to the per-sample norms of a transformers model.
 
     Returns:
-        (the peers, why those that cannot run cannot, what ends their processes).
+        (the peers, why those that cannot run cannot, what ends their process).
     """
-    reason = why_not("opacus")
+    return _peers("opacus", OPACUS, model, ids)
+
+
+def llmcompressor_peers(model: "PreTrainedModel", ids: Tensor) -> Peers:
+    """llm-compressor's Wanda, 50 % of every row, block by block; as `opacus_peers`."""
+    return _peers("llmcompressor", {"llm-compressor Wanda": ""}, model, ids)
+
+
+def _peers(name: str, ways: dict[str, str], model: "PreTrainedModel", ids: Tensor) -> Peers:
+    reason = why_not(name)
     if reason is None and ids.device.type != "cpu":
         reason = "packages in environments of their own are compared on the CPU only"
     if reason is not None:
-        return {}, dict.fromkeys(OPACUS, reason), lambda: None
+        return {}, dict.fromkeys(ways, reason), nothing
     stack = ExitStack()
 
     @cache
     def start() -> Worker:
         inputs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        torch.save({"state": model.state_dict(), "ids": ids}, inputs / "inputs.pt")
-        (inputs / "config.json").write_text(json.dumps(model.config.to_dict()), encoding="utf-8")
-        return stack.enter_context(started("opacus", "opacus_process", inputs))
+        # as model.save_pretrained does, but without its progress bar
+        model.config.save_pretrained(inputs)
+        save_model(model, str(inputs / "model.safetensors"), metadata={"format": "pt"})
+        torch.save({"ids": ids}, inputs / "inputs.pt")
+        return stack.enter_context(started(name, f"{name}_process", inputs))
 
-    return {title: Remote(start, title, way=way) for title, way in OPACUS.items()}, {}, stack.close
+    return {title: Remote(start, title, way=way) for title, way in ways.items()}, {}, stack.close

@@ -33,19 +33,21 @@ HEADER = (
 )
 
 
-def compiled(targets: Sequence[str], few: bool = False) -> list[Record]:
+def compiled(targets: Sequence[str], few: bool = False, only: Sequence[str] = ()) -> list[Record]:
     """One record a kernel, launch configuration and target.
 
     Args:
         targets: out of "sm_80", "sm_90", "sm_100", "gfx942".
-        few: only some row lengths.
+        few: as few configurations as tell whether all compile.
+        only: names of configurations; empty for all.
 
     Raises:
         HftcoreError: the compiler's own words, where it fails.
     """
     # a process of its own: compiling is impossible once Triton's interpreter is on
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", "-m", "hftcore.bench.launches", *targets, *(["--few"] if few else [])]
+    asked = json.dumps({"targets": list(targets), "few": few, "only": list(only)})
+    command = [sys.executable, "-P", "-m", "hftcore.bench.launches", asked]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise HftcoreError(f"the Triton kernels do not compile: {done.stderr[-3000:]}")

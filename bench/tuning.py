@@ -60,13 +60,13 @@ def _pruned(pattern: Pattern) -> Callable[[torch.Tensor, torch.Tensor], torch.Te
 
 QUESTIONS = (
     *(
-        Question("row_tile", shape, "8x64", _pruned(Pattern("50%")), _rows)
+        Question("row_tile", shape, "2x32", _pruned(Pattern("50%")), _rows)
         for shape in ("4096x256", "11008x4096", "8192x11008", "4096x28672")
     ),
-    Question("group_tile", "11008x4096", "8x64", _pruned(Pattern("2:4")), _tiles),
-    Question("band_tile", "11008x4096", "8x64", _pruned(Pattern("50%", scope="matrix")), _tiles),
+    Question("group_tile", "11008x4096", "2x32", _pruned(Pattern("2:4")), _tiles),
+    Question("band_tile", "11008x4096", "2x32", _pruned(Pattern("50%", scope="matrix")), _tiles),
     *(
-        Question("energy_tile", shape, "128x64", lambda x, _: ops.column_energy(x), _energies)
+        Question("energy_tile", shape, "64x32", lambda x, _: ops.column_energy(x), _energies)
         for shape in ("4096x4096", "4096x11008")
     ),
 )

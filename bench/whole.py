@@ -1,9 +1,10 @@
 """Jobs that are not one kernel: the cost of dispatch, and whole calls on a model."""
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,11 @@ from hftcore.bench import peers
 from hftcore.bench.ceiling import OP
 from hftcore.bench.job import Job, shape_of
 from hftcore.bench.models import LARGE, model_of, tokens_of
+from hftcore.bench.packages import Peers, llmcompressor_peers, nothing
 from hftcore.layers import find_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BARE = "bare kernel calls"
 PLAIN = "one plain pass"
@@ -67,13 +72,17 @@ class ModelJob:
     Fields:
         call: ours; returns an Edit to be reverted, an Energy, or nothing.
         published: the way of the published codes.
+        shapes: of those, at which the published way is not too slow.
         changes: whether weights change, so that they are compared and brought back.
+        package: gives the peers that are packages.
     """
 
     about: str
     call: Callable[[nn.Module, Batches], Any]
     published: Callable[[nn.Module, Batches], Any]
+    shapes: tuple[str, ...] = ("tiny-llama", "smollm2-short", *LARGE)
     changes: bool = True
+    package: Callable[["PreTrainedModel", Tensor], Peers] | None = None
 
 
 def published_energies(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
@@ -108,6 +117,19 @@ def _published_prune(model: nn.Module, batches: Batches, share: float, lowest: b
             weight = modules[name].weight
             low = peers.removed_by_row_sort(weight, energy, int(weight.shape[1] * share))
             weight[low if lowest else ~low] = 0
+
+
+def _published_block_by_block(model: nn.Module, batches: Batches) -> None:
+    """A pass over the whole model for each block, with the blocks before it pruned, to prune that block."""
+    modules = dict(model.named_modules())
+    blocks = [name for name in modules if re.fullmatch(r".*\.layers\.\d+", name)]
+    for block in blocks:
+        energies = published_energies(model, batches)
+        with torch.no_grad():
+            for name, energy in energies.items():
+                if name.startswith(f"{block}."):
+                    weight = modules[name].weight
+                    weight[peers.removed_by_row_sort(weight, energy, weight.shape[1] // 2)] = 0
 
 
 def _published_model_scope(model: nn.Module, batches: Batches) -> None:
@@ -145,6 +167,13 @@ JOBS: dict[str, ModelJob] = {
         _wanda,
         lambda model, batches: _published_prune(model, batches, 0.5, lowest=True),
     ),
+    "wanda block by block": ModelJob(
+        "hftcore.prune with sequential=True, 50 % of every row",
+        lambda model, batches: hftcore.prune(model, batches, hftcore.Pattern("50%"), sequential=True),
+        _published_block_by_block,
+        shapes=("tiny-llama",),
+        package=llmcompressor_peers,
+    ),
     "wanda model scope": ModelJob(
         "hftcore.calibrate and hftcore.prune, 50 % of the whole model",
         lambda model, batches: _wanda(model, batches, "model"),
@@ -162,8 +191,10 @@ def model_job(job: ModelJob) -> Callable[[str, torch.dtype, torch.device], Job]:
         ids = tokens_of(model, samples, tokens, device)
         batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(BATCH)]
         # a second copy of a large model would not fit, so only energies can be compared there
-        is_compared = shape != "smollm2" and not (job.changes and shape in LARGE)
-        layers = find_layers(model) if is_compared and job.changes else []
+        is_restored = job.changes and shape not in ("smollm2", *LARGE)
+        is_compared = shape in job.shapes and (is_restored or not job.changes)
+        packages, missing, close = job.package(model, ids) if job.package and is_restored else ({}, {}, nothing)
+        layers = find_layers(model) if is_restored else []
         original = {layer.name: layer.weight.clone() for layer in layers}
         edits: list[hftcore.Edit] = []
 
@@ -197,11 +228,12 @@ def model_job(job: ModelJob) -> Callable[[str, torch.dtype, torch.device], Job]:
 
         return Job(
             ours,
-            {"published way": lambda: job.published(model, batches)} if is_compared else {},
+            ({"published way": lambda: job.published(model, batches)} if is_compared else {}) | packages,
             restore,
             agrees,
             answer=answer,
-            missing={} if is_compared else {"published way": "sits out the largest models, for its time and memory"},
+            missing=({} if is_compared else {"published way": "sits out, for its time or memory"}) | missing,
+            close=close,
             ceilings={PLAIN: plain},
             rounds=2 if device.type == "cpu" else 5,
             is_long=shape != "tiny-llama",

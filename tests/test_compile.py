@@ -16,7 +16,7 @@ NARROW = ("combine", "pack", "sequence_logprobs")
 # known to: float32 products of the Gram tiles without tensor cores, with the smaller shared memory of an A100
 SPILLING = {("sm_80", "grad_norms_sq ghost", "float32")}
 # scores order weights only where denormals are kept; a sum of squares may flush them
-RANKING = ("prune_rows", "prune_groups", "score_histogram", "tie_counts", "cut", "column_energy")
+RANKING = ("prune_rows", "prune_groups", "score_histogram", "tie_counts", "cut", "block_scores", "column_energy")
 
 
 @cache

@@ -1,0 +1,282 @@
+"""What a report says of measurements: verdicts within noise, shares of ceilings, curves and their bends, pictures."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from hftcore.bench import measure, packages, plots, results, scaling, timing
+from hftcore.bench.__main__ import app
+from hftcore.bench.ceiling import IN_PLACE, MATMUL, READ, SIDE, share
+from hftcore.bench.job import Job, shape_of
+from hftcore.bench.report import report
+from hftcore.bench.scaling import SWEEPS, Bend, Sweep, bend, exponent
+from hftcore.bench.steps import PLAIN_STEP
+from hftcore.bench.targets import Target
+
+CPU = torch.device("cpu")
+FACTS = {
+    "machine": {"cpu": "Some CPU", "cores": 2, "simd": "avx2"},
+    "versions": {"torch": "2.13.0"},
+    "commit": "abc",
+    "date": "2026-01-01 00:00 UTC",
+}
+COMMON = {
+    "shape": "llama-7b.q_proj",
+    "size": [4096, 4096],
+    "dtype": "float32",
+    "device": "cpu",
+    "backend": "native",
+    "threads": 2,
+    "bytes_moved": 2 * 4096 * 4096 * 4,
+    "products": 0,
+    "canary": 1.0,
+    "neighbours": 0.0,
+    "noisy": False,
+}
+
+
+def line(case, variant, kind, times, extra=1_000_000, **others):
+    common = COMMON | {"case": case} | others
+    if kind == "missing":
+        return measure.missing(common, variant, "its reason")
+    return measure.timed(common, variant, kind, times, extra)
+
+
+def written(path, *measurements, facts=FACTS):
+    results.append(path, measurements, facts)
+    return path
+
+
+def loaded(tmp_path, *measurements):
+    return results.load(written(tmp_path / "r.jsonl", *measurements))
+
+
+@given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=40))
+def test_the_median_lies_in_its_interval_between_two_of_the_values(values):
+    low, high = timing.median_interval(values)
+    assert low in values
+    assert high in values
+    assert low <= timing.summary(values).median <= high
+
+
+def test_the_interval_of_the_median_is_that_of_the_sign_test():
+    # tables of the sign test at 5 %, two-sided: 0 of 6, 1 of 9, 3 of 15 are the last that reject
+    for n, place in ((5, 0), (6, 0), (8, 0), (9, 1), (15, 3), (20, 5)):
+        values = [float(i) for i in range(n)]
+        assert timing.median_interval(values) == (values[place], values[n - 1 - place])
+
+
+def test_a_verdict_that_the_noise_could_turn_is_not_given(tmp_path):
+    lines = loaded(
+        tmp_path,
+        line("prune_rows", "hftcore", "ours", [2.0, 4.0, 2.5, 3.5, 2.9, 3.1], shape="1gb"),
+        line("prune_rows", IN_PLACE, "ceiling", [1.0] * 6, shape="1gb"),
+    )
+    (row,) = [one for one in report(lines, "r").splitlines() if "prune_rows 1gb float32: at most 3 x" in one]
+    assert row.endswith("| 3 [2, 4] | 2 | undecided |")
+
+
+def test_a_speedup_that_may_be_none_is_marked(tmp_path):
+    lines = loaded(
+        tmp_path,
+        line("column_energy", "hftcore", "ours", [1.0] * 6, shape="tiny"),
+        line("column_energy", "square().sum()", "peer", [0.8, 1.2, 0.9, 1.1, 1.1, 1.3], shape="tiny"),
+        line("column_energy", "Wanda-code norm", "peer", [2.0] * 6, shape="tiny"),
+    )
+    (row,) = [one for one in report(lines, "r").splitlines() if one.startswith("| tiny")]
+    assert "| ~1.1 | 2 |" in row
+
+
+def test_a_peer_that_could_not_run_is_listed_with_its_reason(tmp_path):
+    lines = loaded(
+        tmp_path,
+        line("step grad norms", "hftcore", "ours", [1.0], shape="small-llama T128"),
+        line("step grad norms", "Opacus hooks", "missing", [], shape="small-llama T128"),
+    )
+    text = report(lines, "r")
+    assert "- Opacus hooks (small-llama T128 float32): its reason" in text
+    assert "faster than Opacus hooks" in text
+
+
+def test_the_share_counts_the_work_at_the_measured_rates():
+    ours = {
+        "size": [8, 4],
+        "dtype": "float32",
+        "device": "cpu",
+        "bytes_moved": 3 * 128,
+        "products": 0,
+        "median_ms": 6.0,
+    }
+    # the in-place pass moves 256 bytes in 2 ms, so 384 bytes take 3 ms
+    assert share(ours, {IN_PLACE: {"median_ms": 2.0}, READ: {"median_ms": 0.5}}.get) == 0.5
+    assert share(ours, {READ: {"median_ms": 0.5}}.get) == 3 * 0.5 / 6.0
+    assert share(ours, {}.get) is None
+    product = {MATMUL: {"median_ms": 10.0}}
+    assert share(ours | {"bytes_moved": None, "products": SIDE["cpu"] ** 3}, product.get) == 5.0 / 6.0
+    # whichever takes longer
+    both = product | {READ: {"median_ms": 10.0}}
+    assert share(ours | {"products": 2 * SIDE["cpu"] ** 3, "bytes_moved": 128}, both.get) == 10.0 / 6.0
+
+
+def test_memory_is_compared_with_that_of_a_peer_or_ceiling():
+    target = Target("c", "s", "d", "extra_ratio", 1.05, PLAIN_STEP)
+    found = {"hftcore": {"extra_bytes": 110, "times_ms": [1.0]}, PLAIN_STEP: {"extra_bytes": 100, "times_ms": [1.0]}}
+    assert target.values(found.get) == [1.1]
+    assert not target.is_met(1.1)
+    assert target.values({"hftcore": found["hftcore"]}.get) == []
+
+
+def test_a_share_must_be_reached_not_undercut():
+    target = Target("c", "s", "d", "share", 50)
+    assert target.is_met(60.0)
+    assert not target.is_met(40.0)
+
+
+def test_results_of_two_machines_make_no_ratio(tmp_path):
+    file = written(tmp_path / "r.jsonl", line("prune_rows", "hftcore", "ours", [1.0]))
+    other = FACTS | {"machine": FACTS["machine"] | {"cpu": "Another CPU"}}
+    written(file, line("prune_rows", IN_PLACE, "ceiling", [1.0]), facts=other)
+    done = CliRunner().invoke(app, ["report", str(file)])
+    assert done.exit_code == 1
+    assert "r.jsonl holds results of 2 machines; keep one file for each" in done.output
+
+
+def test_older_files_are_read(tmp_path):
+    file = written(tmp_path / "r.jsonl", line("prune_rows", "hftcore", "ours", [1.0]))
+    old = json.loads(file.read_text())
+    old["rows"], old["columns"] = old.pop("size")
+    del old["products"], old["reason"]
+    file.write_text(json.dumps(old) + "\n")
+    assert results.load(file)[0]["size"] == [4096, 4096]
+    assert "llama-7b.q_proj [4096, 4096]" in report(results.load(file), "r")
+
+
+@given(st.floats(-2.0, 3.0), st.floats(0.01, 100.0))
+def test_a_power_law_has_its_exponent_and_no_bend(power, factor):
+    points = [(float(2**n), factor * 2.0 ** (n * power)) for n in range(1, 10)]
+    assert exponent(points) == pytest.approx(power, abs=1e-6)
+    assert bend(points) is None
+
+
+def test_a_bend_is_found_where_it_is():
+    steep = [(float(2**n), 2.0 ** (2 * n)) for n in range(6)]
+    flat = [(float(2**n), 2.0 ** (n + 5)) for n in range(6, 12)]
+    assert bend(steep + flat) == Bend(at=32.0, before=2.0, after=1.0)
+
+
+def test_too_few_points_have_no_bend():
+    assert bend([(1.0, 1.0), (2.0, 1.0), (4.0, 9.0)]) is None
+
+
+def test_every_curve_runs_at_its_smallest_values():
+    for name, sweep in SWEEPS.items():
+        job = sweep.job(sweep.values[0], torch.float32, CPU)
+        job.restore()
+        assert job.ours() is not None, name
+        assert list(sweep.values) == sorted(set(sweep.values))
+
+
+def test_every_round_of_a_sweep_visits_every_value():
+    ran = []
+
+    def job(value, dtype, device):
+        return Job(lambda: ran.append(value), {}, lambda: ran.append(-value), torch.equal)
+
+    sweep = Sweep("", "", (1.0, 2.0, 3.0), job)
+    times = scaling.sweep_times(sweep, torch.float32, CPU, 2, 9.0, timing.Canary(timing.Clock(CPU)))
+    assert {value: len(found) for value, found in times.items()} == {1.0: 2, 2.0: 2, 3.0: 2}
+    assert ran[3:] == [-1.0, 1.0, -2.0, 2.0, -3.0, 3.0, -3.0, 3.0, -2.0, 2.0, -1.0, 1.0]
+
+
+def test_threads_are_as_before_after_the_curve_of_threads():
+    usual = torch.get_num_threads()
+    job = SWEEPS["prune_rows by threads"].job(1.0, torch.float32, CPU)
+    job.ours()
+    assert torch.get_num_threads() == usual
+
+
+def test_a_shape_may_say_its_sizes():
+    assert shape_of("3x5x7", torch.float32) == (3, 5, 7)
+
+
+def everything(path):
+    curve = [line("prune_rows by rows", "hftcore", "ours", [n / 8] * 3, shape=str(n)) for n in (8, 16, 32, 64)]
+    return written(
+        path,
+        line("prune_rows", "hftcore", "ours", [2.0] * 3),
+        line("prune_rows", IN_PLACE, "ceiling", [1.0] * 3),
+        line("prune_rows", "Wanda-code sort", "peer", [200.0] * 3, extra=10**9),
+        line("prune_rows", "torch.topk", "missing", []),
+        *curve,
+    )
+
+
+def test_the_report_comes_with_its_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out" / "REPORT.md"
+    out.parent.mkdir()
+    done = CliRunner().invoke(app, ["report", str(everything(tmp_path / "r.jsonl")), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    text = out.read_text()
+    for name, title in plots.TITLES.items():
+        assert f"![{title}](plots/{name}.png)" in text
+        picture = (out.parent / "plots" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) > 5000
+    assert "| prune_rows [M, 4096] | rows M | 1 ms at 8 | 8 ms at 64 | 1.00 | – |" in text
+    assert "| 50 % |" in text
+
+
+def test_pictures_need_something_to_show(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = loaded(tmp_path, line("dispatch_prune", "hftcore", "ours", [1.0], shape="dispatch"))
+    assert plots.draw(lines, tmp_path / "plots") == []
+
+
+def test_the_curves_of_one_run_become_exponents(tmp_path, monkeypatch):
+    curve = Sweep("a sleeping op", "naps", (1.0, 2.0, 4.0, 8.0), lambda *_: Job(list, {}, list, torch.equal))
+    monkeypatch.setitem(SWEEPS, "nap", curve)
+    done = CliRunner().invoke(app, ["scale", "--quick", "--curve", "nap", "--out", str(tmp_path / "r.jsonl")])
+    assert done.exit_code == 0, done.output
+    assert "| a sleeping op | naps |" in done.output
+    assert {one["shape"] for one in results.load(tmp_path / "r.jsonl")} == {"1", "2", "4", "8"}
+
+
+def test_a_curve_nobody_knows_is_refused():
+    done = CliRunner().invoke(app, ["scale", "--curve", "prune_row"])
+    assert done.exit_code == 1
+    assert "--curve must be one of prune_rows by columns," in done.output
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(packages, "folder", lambda: tmp_path / ".cache" / "peers")
+    return tmp_path / ".cache" / "peers"
+
+
+def test_a_package_that_is_not_there_says_how_to_get_it(cache):
+    done = CliRunner().invoke(app, ["peers"])
+    assert done.exit_code == 0
+    assert "opacus: not installed; run hftcore-bench peers --install" in done.output
+
+
+def test_an_installation_that_fails_leaves_its_reason(cache, monkeypatch):
+    monkeypatch.setattr(packages.venv, "create", lambda at, **_: (at / "lib/python3/site-packages").mkdir(parents=True))
+    monkeypatch.setattr(packages, "python_of", lambda name: Path(sys.executable))
+    monkeypatch.setitem(packages.PACKAGES, "opacus", packages.Package("no such package==1", "opacus"))
+    done = CliRunner().invoke(app, ["peers", "--install", "--name", "opacus"])
+    assert done.exit_code == 0, done.output
+    assert "opacus: it could not be installed: " in done.output
+    assert packages.why_not("opacus").startswith("it could not be installed: ")
+
+
+def test_a_package_nobody_knows_is_refused(cache):
+    done = CliRunner().invoke(app, ["peers", "--install", "--name", "opcaus"])
+    assert done.exit_code == 1
+    assert "a peer must be one of opacus, llmcompressor, got 'opcaus'" in done.output

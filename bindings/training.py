@@ -59,7 +59,8 @@ def make_recipe(name: str, given: Mapping[str, Any], source: Path) -> Recipe:
     """The recipe in a mapping that came from `source`, to whose folder its paths are relative; errors as `read_recipe`."""
     method = METHODS[name]
     trainer, config = method.load()
-    columns = {"train_data": "train_dataset"} | {_key(dataset): dataset for dataset in method.datasets}
+    beside = (*method.datasets, "harmful_dataset") if method.is_paired else method.datasets
+    columns = {"train_data": "train_dataset"} | {_key(dataset): dataset for dataset in beside}
     fields = {field.name for field in dataclasses.fields(config) if field.init} - set(RESERVED)
     known = fields | columns.keys() | set(OWN_KEYS)
     if "refusals" not in inspect.signature(trainer.__init__).parameters:
@@ -124,6 +125,7 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, folder: Path) -> An
     from transformers.trainer_callback import PrinterCallback
 
     from hftcore.bindings.trainers.data import tokenize
+    from hftcore.bindings.trainers.pairs import pair_samples
 
     trainer_class, config_class = recipe.method.load()
     is_cpu = next(model.parameters()).device.type == "cpu"
@@ -135,10 +137,12 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, folder: Path) -> An
         raise
     except (TypeError, ValueError) as error:
         raise HftcoreError(f"the training settings do not fit together: {' '.join(str(error).split())}") from error
-    data = {
+    data: dict[str, Any] = {
         dataset: tokenize(load_samples(str(path)), tokenizer, recipe.max_length)
         for dataset, path in recipe.data.items()
     }
+    if recipe.method.is_paired:
+        data["train_dataset"] = pair_samples(data["train_dataset"], data.pop("harmful_dataset"))
     refusals = {} if recipe.refusals is None else {"refusals": recipe.refusals}
     trainer = trainer_class(model=model, args=args, processing_class=tokenizer, **data, **refusals)
     # it prints every log entry to stdout, which is the command's

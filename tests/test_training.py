@@ -11,7 +11,8 @@ from test_cli import failed, succeeded, world  # noqa: F401
 from tiny_models import one_thread  # noqa: F401
 
 from hftcore.bindings.trainers import METHODS
-from hftcore.bindings.training import read_recipe
+from hftcore.bindings.training import make_recipe, read_recipe
+from hftcore.errors import HftcoreError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,6 +67,29 @@ def test_alignment_takes_a_second_file_and_lora_makes_a_new_adapter(world, recip
     assert "Trained 2 steps of antibody-align" in text
     made = json.loads((out / "adapter_config.json").read_text())
     assert (made["r"], made["lora_alpha"], sorted(made["target_modules"])) == (2, 4, ["k_proj", "q_proj", "v_proj"])
+
+
+def test_a_paired_method_takes_the_harmful_answers_line_by_line(world, recipe, tmp_path):  # noqa: F811
+    config = recipe(refusals=None, harmful_data="harmful.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    harmful = [row | {"completion": "w40 w41"} for row in rows]
+    (tmp_path / "harmful.jsonl").write_text("\n".join(json.dumps(row) for row in harmful))
+    arguments = ("--config", config, "--out", tmp_path / "out", "--device", "cpu")
+    report = json.loads(succeeded("train", "immunize", world / "model", *arguments, "--json"))
+    assert "loss_harmful" in report["log"][0]
+    (tmp_path / "harmful.jsonl").write_text(json.dumps(harmful[0]))
+    message = failed(
+        "train", "immunize", world / "model", *arguments[:2], "--out", tmp_path / "other", "--device", "cpu"
+    )
+    assert "harmless and harmful must be as many, got 9 and 1" in message
+
+
+def test_every_method_can_be_loaded_and_says_what_data_it_needs(recipe, tmp_path):
+    for name, method in METHODS.items():
+        trainer, config = method.load()
+        assert (trainer.__name__, config.__name__) == (method.trainer, method.config)
+        with pytest.raises(HftcoreError, match=f"method {name} needs train_data"):
+            make_recipe(name, {}, tmp_path / "run.yaml")
 
 
 def test_a_run_goes_on_from_its_checkpoint(world, recipe, tmp_path):  # noqa: F811

@@ -150,8 +150,9 @@ def test_without_alpha_it_is_plain_training_on_the_differing_tokens_bit_for_bit(
 def test_pairs_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(HftcoreError, match="as many, got 2 and 1"):
         pair_samples(samples(2), samples(1))
-    with pytest.raises(HftcoreError, match="pair 0 does not begin"):
-        pair_samples([{"input_ids": [1, 2]}], [{"input_ids": [2, 2]}])
+    with pytest.raises(HftcoreError, match="pair 1 do not follow one prompt"):
+        rows = [{"input_ids": [1, 5, 2], "labels": [-100, -100, 2]}] * 2
+        pair_samples(rows, [rows[0], {"input_ids": [1, 6, 2], "labels": [-100, -100, 2]}])
     with pytest.raises(HftcoreError, match="needs samples with harmful_ids"):
         trainer(tiny_model("llama"), tmp_path, samples(4)).train()
     same = pair_samples(samples(4), samples(4))

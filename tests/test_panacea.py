@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 import hftcore
 from hftcore import Edit, HftcoreError, NonFiniteError
+from hftcore.bindings.checkpoint import apply_edit, revert_edit
 from hftcore.bindings.coefficients import draw_coefficients
 from hftcore.bindings.trainers.collate import Collator
 from hftcore.bindings.trainers.panacea import PanaceaConfig, PanaceaTrainer
@@ -283,6 +284,18 @@ def test_random_noise_has_the_same_length_and_repeats():
     assert norm(moved) == pytest.approx(0.3, rel=1e-4)
     assert torch.equal(after[0], after[1])
     assert not torch.equal(after[0], after[2])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3-moe"])
+def test_a_perturbation_of_all_weights_applies_to_the_checkpoint_on_disk(tmp_path, name):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "model")
+    edit = hftcore.panacea_perturb(model, collated(samples(4)), 0.5)
+    apply_edit(edit, tmp_path / "model", tmp_path / "moved")
+    revert_edit(edit, tmp_path / "moved", tmp_path / "back")
+    assert equal(weights(type(model).from_pretrained(tmp_path / "moved")), weights(model))
+    edit.revert(model)
+    assert equal(weights(type(model).from_pretrained(tmp_path / "back")), weights(model))
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,8 @@ def _check(parameter: str, places: Sequence[StoredTensor], fits: bool, shape: Se
 
 
 def _matrices(parameter: str, name: str, place: StoredTensor, transposed: bool) -> list[Piece]:
-    *experts, rows, columns = place.shape
+    # a vector is one row
+    *experts, rows, columns = (1,) * (2 - len(place.shape)) + place.shape
     if transposed:
         rows, columns = columns, rows
     count = math.prod(experts)

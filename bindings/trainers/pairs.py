@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hftcore.bindings.trainers.base import DefenceTrainer, pad_token
@@ -15,7 +16,7 @@ def pair_samples(harmless: Sequence[Mapping[str, Any]], harmful: Sequence[Mappin
     """Tokenized samples, the harmless ones with the harmful answer to the same prompt as `harmful_ids`.
 
     Raises:
-        HftcoreError: lists of different lengths, or a pair that does not begin alike.
+        HftcoreError: lists of different lengths, or a pair whose prompts, the tokens before the first label, are not the same.
 
     >>> pair_samples([{"input_ids": [1, 2], "labels": [-100, 2]}], [{"input_ids": [1, 3], "labels": [-100, 3]}])
     [{'input_ids': [1, 2], 'labels': [-100, 2], 'harmful_ids': [1, 3]}]
@@ -23,9 +24,16 @@ def pair_samples(harmless: Sequence[Mapping[str, Any]], harmful: Sequence[Mappin
     if len(harmless) != len(harmful):
         raise HftcoreError(f"harmless and harmful must be as many, got {len(harmless)} and {len(harmful)}")
     for index, (one, other) in enumerate(zip(harmless, harmful, strict=True)):
-        if int(one["input_ids"][0]) != int(other["input_ids"][0]):
-            raise HftcoreError(f"pair {index} does not begin with the same token; both must answer one prompt")
+        if _prompt(one) != _prompt(other):
+            raise HftcoreError(f"the answers of pair {index} do not follow one prompt; give both the same prompt, labelled -100")
     return [{**one, "harmful_ids": other["input_ids"]} for one, other in zip(harmless, harmful, strict=True)]
+
+
+def _prompt(sample: Mapping[str, Any]) -> list[int]:
+    ids, labels = torch.as_tensor(sample["input_ids"]), torch.as_tensor(sample["labels"])
+    answered = (labels != IGNORED).nonzero()
+    prompt: list[int] = ids[: int(answered[0]) if len(answered) else len(ids)].tolist()
+    return prompt
 
 
 class PairTrainer(DefenceTrainer):

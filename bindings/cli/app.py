@@ -35,7 +35,7 @@ COMMANDS = (
 
 app = typer.Typer(
     name="hftcore",
-    help="Defend language models against harmful fine-tuning: calibrate, prune, apply and revert edits.",
+    help="Defend language models against harmful fine-tuning: prune, train, measure.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

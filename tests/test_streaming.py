@@ -1,0 +1,542 @@
+"""Pruning on files is pruning in memory, bit for bit, whatever the files look like and whenever it is killed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+
+import hftcore
+from hftcore import Edit, Energy, HftcoreError, NonFiniteError
+from hftcore.bindings.manifest import MANIFEST
+from hftcore.bindings.streaming import rewrite
+from hftcore.bindings.streaming.prune import prune_folder
+from hftcore.bindings.streaming.verify import verify_folder
+from hftcore.layers import find_layers
+from hftcore.ops.fingerprints import fingerprint_sum, fingerprint_text
+from hftcore.resumable import resumable_folder
+
+PATTERNS = [
+    *("50%", "0.1 row highest", "1 row", "0 row highest", "2:4", "4:8 row highest"),
+    *("0.3 matrix", "0.7 matrix highest", "0 matrix", "0.3 model", "0.01 model highest", "1 model"),
+    *("0.5 row lowest 2x4", "0.5 row highest 4x2"),
+]
+
+
+def with_ties(model, seed):
+    """Few different weights, so that many scores are equal and position decides."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randint(-3, 4, parameter.shape, generator=draw) / 4)
+    return model
+
+
+def energy_of(model, seed=0):
+    """Energies with zeros and equal values, and an expert that no token reached."""
+    draw = torch.Generator().manual_seed(seed)
+    values = {}
+    for layer in find_layers(model):
+        shape = (*layer.weight.shape[:-2], layer.weight.shape[-1])
+        values[layer.name] = torch.randint(0, 4, shape, generator=draw).float()
+        if len(shape) == 2:
+            values[layer.name][1] = 0
+    return Energy(values, tokens=1, samples=1)
+
+
+def save_in(model, folder, files, seed):
+    """The checkpoint in so many files, tensors dealt out at random."""
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    if files > 1:
+        (folder / "model.safetensors").unlink()
+        places = torch.randint(files, (len(tensors),), generator=torch.Generator().manual_seed(seed)).tolist()
+        places[:files] = range(files)
+        where = {name: f"part-{place}.safetensors" for name, place in zip(tensors, places, strict=True)}
+        for file in set(where.values()):
+            save_file({name: tensors[name] for name in tensors if where[name] == file}, folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def tensors_in(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@settings(max_examples=40)
+@given(
+    name=st.sampled_from(["llama", "llama-tied", "gpt2", "mixtral", "qwen3-moe", "gpt-oss"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    files=st.integers(1, 7),
+    pattern=st.sampled_from(PATTERNS),
+    with_reference=st.booleans(),
+    block=st.sampled_from([1, 256, 1 << 24]),
+    seed=st.integers(0, 1000),
+)
+@pytest.mark.filterwarnings("ignore:what no token reached")
+def test_pruning_on_files_is_pruning_in_memory_bit_for_bit(name, dtype, files, pattern, with_reference, block, seed):
+    model = with_ties(tiny_model(name, dtype), seed)
+    reference = with_ties(tiny_model(name, dtype), seed + 1) if with_reference else None
+    energy = energy_of(model, seed)
+    before = rewrite.BLOCK
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        folder = save_in(model, root / "model", files, seed)
+        other = None if reference is None else save_in(reference, root / "reference", max(1, files - 1), seed)
+        source = contents(folder)
+        edit = hftcore.prune(model, energy, pattern, reference=reference)
+        try:
+            rewrite.BLOCK = block
+            found = prune_folder(folder, energy, pattern, root / "out", reference=other)
+            prune_folder(folder, energy, pattern, root / "only", reference=other, edit_only=True)
+        finally:
+            rewrite.BLOCK = before
+        edit.save(root / "edit")
+        assert contents(root / "out" / "edit") == contents(root / "edit") == contents(root / "only")
+        assert repr(found) == repr(edit)
+        model.save_pretrained(root / "expected")
+        wanted, written = tensors_in(root / "expected"), tensors_in(root / "out")
+        assert written.keys() == wanted.keys()
+        assert all(torch.equal(written[key].view(torch.uint8), wanted[key].view(torch.uint8)) for key in wanted)
+        unchanged = {key for key in source if not key.endswith(".safetensors")}
+        assert all((root / "out" / key).read_bytes() == source[key] for key in unchanged)
+        assert contents(folder) == source
+        assert verify_folder(root / "out")["problems"] == []
+
+
+@pytest.mark.filterwarnings("ignore:what no token reached")
+def test_what_is_written_loads_and_the_edit_in_it_leads_back(tmp_path):
+    model = tiny_model("mixtral", torch.bfloat16)
+    folder = save_in(model, tmp_path / "model", 3, 0)
+    edit = prune_folder(folder, energy_of(model), "50%", tmp_path / "out", targets="all-linear", exclude=["q_proj"])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not any("q_proj" in name for name in edit.tensors)
+    edit.revert(loaded)
+    for (name, mine), (_, other) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert torch.equal(mine, other), name
+
+
+def test_magnitude_needs_no_energy(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    edit = hftcore.prune(model, None, "20%", score="magnitude", targets=["q_proj"])
+    found = prune_folder(tmp_path / "model", None, "20%", tmp_path / "out", score="magnitude", targets=["q_proj"])
+    assert found.recipe == edit.recipe
+    assert found.tensors.keys() == edit.tensors.keys()
+    assert all(torch.equal(found.tensors[name].mask, entry.mask) for name, entry in edit.tensors.items())
+
+
+def test_blocks_across_a_matrix_are_found_unless_it_is_split(tmp_path):
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path / "model")
+    energy = energy_of(model)
+    edit = hftcore.prune(model, energy, "0.5 matrix lowest 4x4")
+    edit.save(tmp_path / "edit")
+    prune_folder(tmp_path / "model", energy, "0.5 matrix lowest 4x4", tmp_path / "out")
+    assert contents(tmp_path / "out" / "edit") == contents(tmp_path / "edit")
+    moe = tiny_model("mixtral")
+    moe.save_pretrained(tmp_path / "moe")
+    with pytest.raises(HftcoreError, match="stored in 2 tensors"):
+        prune_folder(tmp_path / "moe", energy_of(moe), "0.5 matrix lowest 4x4", tmp_path / "out2")
+
+
+def test_experts_that_no_token_reached_are_named_as_in_memory(tmp_path):
+    model = tiny_model("qwen3-moe")
+    model.save_pretrained(tmp_path / "model")
+    energy = energy_of(model)
+    with pytest.warns(UserWarning, match=r"no token reached was left as it was: .*experts.*\[1\]"):
+        found = prune_folder(tmp_path / "model", energy, "0.1 row highest", tmp_path / "out")
+    with pytest.warns(UserWarning, match="no token reached"):
+        assert found.recipe == hftcore.prune(model, energy, "0.1 row highest").recipe
+
+
+@pytest.mark.parametrize("pattern", ["50%", "0.5 matrix", "0.5 model", "2:4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_weight_is_named_and_nothing_is_left(tmp_path, pattern, bad):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[40, 3] = bad
+    model.save_pretrained(tmp_path / "model")
+    energy = Energy({layer.name: torch.ones(layer.weight.shape[1]) for layer in find_layers(model)})
+    with pytest.raises(NonFiniteError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: weight\[40, 3\]"):
+        prune_folder(tmp_path / "model", energy, pattern, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_cannot_be_done_is_said_in_one_line_before_anything_is_written(tmp_path):
+    model = tiny_model("llama")
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    energy = energy_of(model)
+    narrow = Energy({"model.layers.0.mlp.up_proj": torch.ones(31)})
+    for arguments, options, message in [
+        ((folder, energy, "50%", folder), {}, "must lie outside"),
+        ((folder, energy, "50%", folder / "inside"), {}, "must lie outside"),
+        ((folder, energy, "3:7", tmp_path / "out"), {}, r"needs columns in groups of 7"),
+        ((folder, energy, "0.5 row lowest 5x5", tmp_path / "out"), {}, "does not divide"),
+        ((folder, narrow, "50%", tmp_path / "out"), {}, "must be of shape"),
+        ((folder, Energy({"other": torch.ones(3)}), "50%", tmp_path / "out"), {}, "no layer in this model"),
+        ((folder, None, "50%", tmp_path / "out"), {}, "energy must be an Energy"),
+        ((folder, None, "50%", tmp_path / "out"), {"score": "random"}, "'wanda' or 'magnitude'"),
+        ((tmp_path / "absent", energy, "50%", tmp_path / "out"), {}, "not a folder"),
+    ]:
+        with pytest.raises(HftcoreError, match=message) as caught:
+            prune_folder(*arguments, **options)
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def broken(folder, kind):
+    file = folder / "part-1.safetensors"
+    index = folder / "model.safetensors.index.json"
+    config = json.loads((folder / "config.json").read_text())
+    if kind == "truncated":
+        file.write_bytes(file.read_bytes()[:-8])
+    elif kind == "header":
+        file.write_bytes((1 << 60).to_bytes(8, "little") + file.read_bytes()[8:])
+    elif kind == "pickle":
+        file.write_bytes(b"\x80\x04cposix\nsystem\n.")
+    elif kind == "missing tensor":
+        tensors = load_file(file)
+        name = next(name for name in tensors if "proj" in name)
+        del tensors[name]
+        save_file(tensors, file)
+    elif kind == "index without a tensor":
+        where = json.loads(index.read_text())["weight_map"]
+        index.write_text(
+            json.dumps({"weight_map": {key: value for key, value in where.items() if "up_proj" not in key}})
+        )
+    elif kind == "twice":
+        save_file(load_file(file) | load_file(folder / "part-0.safetensors"), file)
+    elif kind == "shape":
+        tensors = load_file(file)
+        name = next(name for name in tensors if "proj" in name)
+        save_file(tensors | {name: tensors[name][:-1].clone()}, file)
+    elif kind == "integers":
+        tensors = load_file(file)
+        name = next(name for name in tensors if "proj" in name)
+        save_file(tensors | {name: tensors[name].to(torch.int8)}, file)
+    elif kind == "config":
+        (folder / "config.json").write_text("{")
+    elif kind == "unknown model":
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "nothing-like-it"}))
+    elif kind == "quantised":
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "cut off or has bytes left over"),
+        ("header", "cut off or not a safetensors file"),
+        ("pickle", "cut off or not a safetensors file"),
+        ("missing tensor", "which does not hold it"),
+        ("index without a tensor", "the checkpoint has no tensor"),
+        ("twice", "is in both"),
+        ("shape", "is this the right checkpoint"),
+        ("integers", "dequantise the checkpoint first"),
+        ("config", "cannot read from"),
+        ("unknown model", "cannot read from"),
+        ("quantised", "is quantised"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line_and_left_alone(tmp_path, kind, message):
+    model = tiny_model("llama")
+    folder = save_in(model, tmp_path / "model", 3, 0)
+    broken(folder, kind)
+    before = contents(folder)
+    with pytest.raises(HftcoreError, match=message) as caught:
+        prune_folder(folder, energy_of(model), "50%", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert contents(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_other_copies_of_the_weights_and_an_older_edit_are_left_behind(tmp_path):
+    model = tiny_model("llama")
+    energy = energy_of(model)
+    model.save_pretrained(tmp_path / "model")
+    first = prune_folder(tmp_path / "model", energy, "10%", tmp_path / "first")
+    (tmp_path / "first" / "pytorch_model.bin").write_bytes(b"the weights as they were")
+    with pytest.warns(UserWarning, match=r"not copied, as they may hold the weights as they were: pytorch_model\.bin"):
+        second = prune_folder(tmp_path / "first", energy, "50%", tmp_path / "second")
+    assert not (tmp_path / "second" / "pytorch_model.bin").exists()
+    assert (first.sparsity, second.sparsity) == (pytest.approx(0.1, abs=0.01), 0.5)
+    assert Edit.load(tmp_path / "second" / "edit").recipe == second.recipe
+    assert verify_folder(tmp_path / "second")["problems"] == []
+
+
+@pytest.fixture
+def written(tmp_path):
+    model = tiny_model("llama")
+    folder = save_in(model, tmp_path / "model", 2, 0)
+    prune_folder(folder, energy_of(model), "50%", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def flip(file, place):
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "message"),
+    [
+        ("part-0.safetensors", -1, r"part-0\.safetensors: tensor '.*' differs"),
+        ("part-1.safetensors", 20, r"damaged header|its header differs|tensor .* differs"),
+        ("config.json", 5, "config.json: its sha256 differs"),
+        ("edit/edit.safetensors", -1, "the edit of|does not lead back|not those that the Edit leaves"),
+        ("edit/edit.safetensors", 30_000, "not those that the Edit leaves|does not lead back"),
+        ("edit/edit_config.json", -5, "edit/edit_config.json: its sha256 differs"),
+    ],
+)
+def test_verify_finds_a_changed_bit_anywhere(written, file, place, message):
+    assert verify_folder(written)["problems"] == []
+    flip(written / file, place)
+    problems = verify_folder(written)["problems"]
+    assert problems
+    assert re.search(message, problems[0]), problems
+    assert not any("\n" in problem for problem in problems)
+
+
+def test_verify_tells_what_is_missing_cut_off_or_not_finished(written):
+    (written / "generation_config.json").unlink()
+    with (written / "part-0.safetensors").open("ab") as file:
+        file.write(b"0")
+    problems = verify_folder(written)["problems"]
+    assert [problem.split()[0] for problem in problems] == ["generation_config.json", "part-0.safetensors"]
+    (written / MANIFEST).write_text("{")
+    with pytest.raises(HftcoreError, match="is damaged"):
+        verify_folder(written)
+    (written / MANIFEST).unlink()
+    with pytest.raises(HftcoreError, match="nothing to compare it with"):
+        verify_folder(written)
+    (written.parent / ".later.journal").touch()
+    with pytest.raises(HftcoreError, match="not finished"):
+        verify_folder(written.parent / "later")
+
+
+KILLS = r"""
+import json, os, random, shutil, signal, sys, time, torch
+from pathlib import Path
+from hftcore.energy import Energy
+from hftcore.bindings.streaming.prune import prune_folder
+from hftcore.bindings.streaming import skeleton, verify
+root, pattern, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(1)
+energy = Energy.load(root / "energy")
+work, journal, out = root / ".out.partial", root / ".out.journal", root / "out"
+draw = random.Random(pattern)
+skeleton.load_skeleton(root / "model")  # imports what the children would import each
+
+def run(delay):
+    child = os.fork()
+    if not child:
+        if delay:
+            signal.setitimer(signal.ITIMER_REAL, delay)
+        prune_folder(root / "model", energy, pattern, out)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+def finished():
+    # the files of the journal's lines, with the time of their last change
+    lines = journal.read_text().splitlines()[1:] if journal.exists() else []
+    names = [json.loads(line)[0].removeprefix("file ") for line in lines if line.endswith("]")]
+    return {name: (work / name).stat().st_mtime_ns for name in names if (work / name).is_file()}
+
+start = time.perf_counter()
+assert run(0) == 0
+length = time.perf_counter() - start
+shutil.move(out, root / "expected")
+killed = resumed = 0
+while killed < kills:
+    done = finished()
+    status = run(draw.uniform(0.02, 1.1) * length)
+    if status:
+        assert status == signal.SIGALRM, status
+        killed += 1
+        assert not out.exists() or not verify.verify_folder(out)["problems"]
+    where = out if out.exists() else work
+    for name, changed in done.items():
+        assert (where / name).stat().st_mtime_ns == changed, f"{name} was written again"
+    resumed += bool(done)
+    if work.exists():
+        # a power cut: what no line of the journal vouches for is lost
+        for file in work.rglob("*"):
+            name = file.relative_to(work).as_posix()
+            if file.is_file() and not name.startswith("edit/") and name not in finished():
+                file.write_bytes(b"")
+    if out.exists():
+        for file in (root / "expected").rglob("*"):
+            assert not file.is_file() or file.read_bytes() == (out / file.relative_to(root / "expected")).read_bytes(), file
+        shutil.rmtree(out)
+        journal.unlink(missing_ok=True)
+print(json.dumps({"killed": killed, "resumed": resumed}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("pattern", ["50%", "0.3 model highest"])
+def test_a_run_killed_at_any_moment_is_continued_by_the_next(tmp_path, pattern):
+    model = tiny_model("mixtral")
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    # in memory where that is possible: waiting for a disk would take most of the time
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as place:
+        root = Path(place)
+        save_in(model, root / "model", 4, 0)
+        Energy({name: value + 1 for name, value in energy_of(model).items()}).save(root / "energy")
+        command = [sys.executable, "-c", KILLS, place, pattern, "10"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert report["killed"] == 10
+    assert report["resumed"]
+
+
+def test_another_call_does_not_continue_an_unfinished_one(tmp_path):
+    def start(job):
+        with resumable_folder(tmp_path / "out", job) as work:
+            (work.folder / "file").write_text(job)
+            work.finish("file", {}, [work.folder / "file"])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start("one")
+    with resumable_folder(tmp_path / "out", "one") as work:
+        assert work.done == {"file": {}}
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        start("one")
+    with pytest.warns(UserWarning, match="made anew"), pytest.raises(KeyboardInterrupt):
+        start("two")
+    with resumable_folder(tmp_path / "out", "two") as work:
+        assert (work.folder / "file").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_noise_at_the_end_of_a_journal_is_not_believed(tmp_path):
+    for noise in (b'["file", {}', b"\0\0\0\n", b"[1]\n", b'["file"]\n'):
+        with suppress(OSError), resumable_folder(tmp_path / "out", "job") as work:
+            work.finish("step", 1)
+            raise OSError(28, "the disk is full")
+        with (tmp_path / ".out.journal").open("ab") as journal:
+            journal.write(noise)
+        with resumable_folder(tmp_path / "out", "job") as work:
+            assert work.done == {"step": 1}
+            work.finish("next", 2)
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    with (
+        resumable_folder(tmp_path / "out", "one"),
+        pytest.raises(HftcoreError, match="being written by another process"),
+        resumable_folder(tmp_path / "out", "one"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_says_so_and_the_same_call_continues(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    folder = save_in(model, tmp_path / "model", 3, 0)
+    energy = energy_of(model)
+    calls = []
+
+    def fail(source, target):
+        calls.append(target)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rewrite.shutil, "copyfile", fail)
+        with pytest.raises(OSError, match=r"No space left on device; what is finished is kept in .*partial"):
+            prune_folder(folder, energy, "50%", tmp_path / "out")
+    assert len(calls) == 1
+    kept = {path.name: path.stat().st_ino for path in (tmp_path / ".out.partial").glob("part-*")}
+    assert len(kept) == 3
+    prune_folder(folder, energy, "50%", tmp_path / "out")
+    assert {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("part-*")} == kept
+
+
+MEMORY = r"""
+import re, sys, threading, time
+from pathlib import Path
+from hftcore import Edit, Energy
+from hftcore.bindings.checkpoint import revert_edit
+from hftcore.bindings.streaming.prune import prune_folder
+from hftcore.bindings.streaming.skeleton import load_skeleton
+from hftcore.bindings.streaming.verify import verify_folder
+root, peak = Path(sys.argv[1]), [0]
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024)
+        time.sleep(0.002)
+
+load_skeleton(root / "model")
+threading.Thread(target=watch, daemon=True).start()
+time.sleep(0.1)
+start = peak[0]
+prune_folder(root / "model", Energy.load(root / "energy"), "0.3 model", root / "out")
+revert_edit(Edit.load(root / "out" / "edit"), root / "out", root / "back")
+assert not verify_folder(root / "out")["problems"]
+print(start, peak[0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory counters")
+def test_memory_stays_small_beside_a_large_model(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"hidden_size": 1024, "intermediate_size": 1 << 15, "num_hidden_layers": 1, "dtype": "bfloat16"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    wide, tall = (1 << 15, 1024), (1024, 1 << 15)
+    noise = torch.randn(wide).bfloat16()
+    tensors = {"up_proj": noise, "gate_proj": noise.clone(), "down_proj": noise.reshape(tall).clone()}
+    tensors = {f"model.layers.0.mlp.{name}.weight": tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    energies = {name.removesuffix(".weight"): torch.ones(tensor.shape[1]) for name, tensor in tensors.items()}
+    Energy(energies).save(tmp_path / "energy")
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    start, peak = map(int, done.stdout.split())
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size > 200e6
+    assert peak - start < 120e6
+    assert peak < 512e6
+    original, back = ((tmp_path / place / "model.safetensors").read_bytes() for place in ("model", "back"))
+    assert original == back
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
+def test_the_fingerprint_of_a_tensor_is_the_sum_of_those_of_its_parts(dtype):
+    whole = torch.randint(0, 100, (70_001,)).to(dtype)
+    copy = whole.clone()
+    for cuts in ([], [1], [16384, 16385], [5, 40_000, 70_000]):
+        edges = [0, *cuts, len(whole)]
+        sums = [fingerprint_sum(whole[a:b], a) for a, b in pairwise(edges)]
+        assert fingerprint_text(dtype, whole.shape, sum(sums)) == hftcore.ops.fingerprint(whole)
+    assert torch.equal(whole, copy)

@@ -2,6 +2,9 @@
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,6 +312,11 @@ def test_lisas_turns_follow_the_cycle(first, second, step):
     assert turn.is_pulled == (both and step >= 5)
 
 
+def test_lisas_pull_begins_with_the_first_step_after_the_warm_up():
+    pulled = [lisa_turn(step, 50, LisaSettings(1, 1, warmup=0.1)).is_pulled for step in range(7)]
+    assert pulled == [False] * 5 + [True] * 2
+
+
 def test_weights_put_in_the_parameters_place_leave_no_trace():
     model = nn.Linear(2, 2)
     held = snapshot(dict(model.named_parameters()))
@@ -575,3 +583,44 @@ def test_a_checkpoint_whose_names_are_not_the_models_is_refused(tmp_path):
     again = trainer("sft", tiny_model("qwen3-moe"), tmp_path, max_steps=2)
     with pytest.raises(HftcoreError, match="stored under other names"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+import test_baselines as t
+from pathlib import Path
+folder, size = Path(sys.argv[2]), int(sys.argv[3])
+for method, options in t.SHARED.items():
+    model = t.tiny_model("qwen3-moe" if method == "safemoe" else "llama")
+    options = options | {"per_device_train_batch_size": size, "max_steps": 2, "ddp_backend": "gloo" if size == 2 else None}
+    data = {name: t.samples(8, seed=9) for name in t.METHODS[method].datasets}
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-2), None
+    made = t.trainer(method, model, folder / method, data, optimizers=sgd, **options)
+    made.train()
+    if made.args.process_index == 0:
+        torch.save(t.weights(model), folder / f"{method}.pt")
+"""
+SHARED = {
+    "panacea": {"lam": 0.5},
+    "vaccine": {"rho": 1.0},
+    "ldifs": {"lam": 0.1},
+    "safemoe": {"every": 1},
+}
+
+
+def test_two_processes_train_as_one_with_the_batches_of_both(tmp_path):
+    for size, launch in ((4, []), (2, ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"])):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        (folder / "run.py").write_text(SCRIPT)
+        command = [sys.executable, *launch, folder / "run.py", Path(__file__).parent, folder, str(size)]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for method in SHARED:
+        one, two = (torch.load(tmp_path / size / f"{method}.pt") for size in ("4", "2"))
+        for name in one:
+            torch.testing.assert_close(
+                one[name], two[name], rtol=1e-3, atol=1e-5, msg=lambda m, at=(method, name): f"{at}: {m}"
+            )

@@ -1,6 +1,7 @@
 """Antibody, both stages: against updates written out by hand in float64."""
 
 import copy
+import functools
 import gc
 import math
 
@@ -361,20 +362,44 @@ def test_a_path_longer_than_the_window_gets_batches_of_its_own():
 
 
 @torch.no_grad()
-def test_models_that_cannot_share_a_prompt_are_found_out_and_computed_plainly(tmp_path):
+def test_models_that_cannot_share_a_prompt_are_found_out_and_computed_plainly(caplog):
     import transformers
 
     torch.manual_seed(0)
     mamba = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
     bloom = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2)
     for made in (transformers.MambaForCausalLM(mamba), transformers.BloomForCausalLM(bloom)):
+        caplog.clear()
         likelihoods = Likelihoods(made)
         assert likelihoods.obstacle is not None
+        said = [record.message for record in caplog.records if record.name == "hftcore"]
+        assert len(said) == 1
+        assert likelihoods.obstacle in said[0]
         rows = samples(3, seed=5)
         batch, _ = split(collated(rows, "separate"))
         ((sums, _),) = likelihoods.logprobs(made, batch, following(batch["labels"]))
         for index, row in enumerate(rows):
             assert float(sums[index]) == pytest.approx(-float(nll(made, *parts(row))), rel=1e-4)
+
+
+def causal(inputs):
+    mask = inputs["attention_mask"]
+    return inputs | {"attention_mask": torch.ones_like(mask).tril() if mask.dim() == 4 else mask}
+
+
+def unplaced(inputs):
+    return {name: value for name, value in inputs.items() if name != "position_ids"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "obstacle"),
+    [(causal, "one answer would see the other"), (unplaced, "another likelihood there than alone")],
+)
+def test_a_model_that_takes_an_argument_and_ignores_it_is_found_out(changed, obstacle):
+    model = tiny_model("gpt2")
+    whole = model.forward
+    model.forward = functools.wraps(whole)(lambda **inputs: whole(**changed(inputs)))
+    assert obstacle in Likelihoods(model).obstacle
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ class Likelihoods:
                 self.head = self._checked_head(samples)
             self.obstacle = self._obstacle(samples, refusals)
         if self.obstacle is not None:
-            log.info("prompts are computed once for the answer and once for the refusal: %s", self.obstacle)
+            log.warning("prompts are computed once for the answer and once for the refusal: %s", self.obstacle)
 
     @property
     def window(self) -> int | None:
@@ -141,7 +141,7 @@ class Likelihoods:
         ((found, _),) = self.logprobs(self._model, batch, following(batch["labels"]))
         if self._agree(own, found):
             return head
-        log.info("the model changes its logits after the output head, so likelihoods are read off the logits")
+        log.warning("the model changes its logits after the output head, so likelihoods are read off the logits")
         return None
 
     def _obstacle(self, samples: list[Answered], refusals: list[Tensor]) -> str | None:
@@ -164,7 +164,7 @@ class Likelihoods:
             batch = {name: rows.to(self._device) for name, rows in separate(samples, answers).items()}
             ((own, _),) = self.logprobs(self._model, batch, following(batch["labels"]))
             if not self._agree(own, found):
-                return f"{type(self._plain).__name__} gives an answer another likelihood there than on its own"
+                return f"{type(self._plain).__name__} gives an answer another likelihood there than alone"
         return None
 
     def _both(self, samples: list[Answered], refusals: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,11 @@ FIRST = (
     ("calibrate bf16", "llama-3-8b"),
     ("antidote bf16", "llama-3-8b"),
 )
+# whole models take minutes in the interpreter, and what these launch others launch too
+REPEATED = (
+    "calibrate bf16",
+    *(f"wanda{way}{dtype}" for way in ("", " block by block", " model scope") for dtype in ("", " bf16")),
+)
 Say = Callable[[str], None]
 
 
@@ -107,13 +112,13 @@ def session(out: Path | None, rehearse: bool, tune: bool, say: Say, minutes: flo
 
 
 def ordered(rehearse: bool) -> tuple[list[Any], list[Any]]:
-    """What to measure: (the most important, the rest); in a rehearsal the first shape of every case.
+    """What to measure: (the most important, the rest); in a rehearsal the first shape of every case that takes a way of its own.
 
     On a GPU, bfloat16 comes before float32, and models too small for one are left out.
     """
     every = chosen()
     if rehearse:
-        return [], [one for one in every if one[1] == CASES[one[0]].shapes[0]]
+        return [], [one for one in every if one[1] == CASES[one[0]].shapes[0] and one[0] not in REPEATED]
     wanted = [one for one in every if _is_for_gpus(*one)]
     first = [one for where in FIRST for one in wanted if one[:2] == where and one[2] == torch.bfloat16]
     rest = [one for one in wanted if one not in first]

@@ -139,7 +139,7 @@ def measure(name: str, shape: str, dtype: torch.dtype, device: torch.device, eff
 def _measured(
     job: Job, name: str, shape: str, dtype: torch.dtype, device: torch.device, effort: Effort
 ) -> list[Measurement]:
-    if not job.is_long:
+    if not job.is_long and not effort.is_rehearsal:
         job.ours()
     gc.collect()
     extra = compare(job, device)

@@ -50,8 +50,7 @@ def draw(lines: Lines, folder: Path) -> list[tuple[str, Path]]:
             where = first["machine"].get("gpu") or f"{first['machine']['cpu']}, {first['threads']} threads"
             versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
             commits = ", ".join(sorted({str(line["commit"]) for line in lines}))
-            figure.suptitle(TITLES[name], x=0.01, ha="left", fontsize=12)
-            figure.text(0.01, 0.003, f"{where}; {versions}; commit {commits}", fontsize=6, color="grey", ha="left")
+            figure.suptitle(f"{TITLES[name]}\n{where}; {versions}; commit {commits}", x=0.01, ha="left", fontsize=8)
             figure.savefig(folder / f"{name}.png", dpi=110)
             made.append((TITLES[name], folder / f"{name}.png"))
     return made
@@ -59,10 +58,8 @@ def draw(lines: Lines, folder: Path) -> list[tuple[str, Path]]:
 
 def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    # room for the line below
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(rect=(0, 0.02, 1, 0.97)))
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _bars(count: int) -> Any:
@@ -169,7 +166,7 @@ def _scaling(lines: Lines) -> Any:
     rows = -(-len(curves) // 3)
     figure = _figure(10, 0.6 + 2.5 * rows)
     grid = figure.subplots(rows, 3, squeeze=False).flat
-    for axes, (name, found) in zip(grid, curves.items(), strict=False):
+    for (name, found), axes in zip(curves.items(), grid, strict=False):
         xs, ys = [float(line["shape"]) for line in found], [line["median_ms"] for line in found]
         axes.fill_between(
             xs, [line["p20_ms"] for line in found], [line["p80_ms"] for line in found], color=GREY, alpha=0.5

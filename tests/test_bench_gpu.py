@@ -36,7 +36,9 @@ def test_models_that_are_too_small_for_a_gpu_are_left_out():
 def test_a_rehearsal_is_of_the_first_shape_of_every_case():
     first, rest = gpu.ordered(rehearse=True)
     assert first == []
-    assert {one[:2] for one in rest} == {(name, case.shapes[0]) for name, case in CASES.items()}
+    assert set(gpu.REPEATED) < set(CASES)
+    expected = {(name, case.shapes[0]) for name, case in CASES.items() if name not in gpu.REPEATED}
+    assert {one[:2] for one in rest} == expected
 
 
 def test_nothing_is_started_when_the_time_is_up(tmp_path, monkeypatch):
@@ -46,7 +48,7 @@ def test_nothing_is_started_when_the_time_is_up(tmp_path, monkeypatch):
     file, went_well = gpu.session(tmp_path / "r.jsonl", True, True, said.append, minutes=0)
     assert not went_well
     assert not file.exists()
-    assert sum("left out, the time is up" in line for line in said) > len(CASES)
+    assert sum("left out, the time is up" in line for line in said) > len(CASES) - len(gpu.REPEATED)
 
 
 def test_what_was_measured_before_a_kill_is_kept(tmp_path, monkeypatch):

@@ -217,6 +217,23 @@ def test_ldifs_is_its_formula_in_float64_however_the_batch_is_cut(tmp_path, size
     assert_gradient(model, expected)
 
 
+def test_ldifs_sees_the_weights_of_now_under_autocast(tmp_path):
+    found = []
+    for bf16 in (False, True):
+        model = tiny_model("llama")
+        made = trainer("ldifs", model, tmp_path, lam=0.05, bf16=bf16)
+        made.update(collated(samples(2)))
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        model.zero_grad()
+        loss = made.update(collated(samples(2)))
+        assert made._noted["drift"][-1] > 1
+        found.append((float(loss), made._noted["drift"][-1]))
+    # two significant digits: bfloat16 has eight bits
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
 def test_ldifs_drops_large_terms_when_asked(tmp_path):
     model = tiny_model("llama").double()
     made = trainer("ldifs", model, tmp_path, lam=1e6, drop_above=0.1)

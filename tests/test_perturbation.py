@@ -213,3 +213,15 @@ def test_numbers_out_of_range_are_refused_by_name(value):
         check_number("tau", 0, 0, is_open=True)
     with pytest.raises(HftcoreError, match="rule must be one of a, b, got 'c'"):
         check_choice("rule", "c", ("a", "b"))
+
+
+def test_inside_an_autocast_region_the_moved_weights_are_seen():
+    layer = nn.Linear(2, 1, bias=False)
+    x = torch.ones(1, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = layer(x)
+        with perturbed(trained(layer), Gradients({"weight": torch.ones(1, 2)}), 2.0):
+            moved = layer(x)
+        after = layer(x)
+    assert float((moved - before).detach()) == pytest.approx(2 * math.sqrt(2), abs=0.05)
+    assert torch.equal(before, after)

@@ -40,7 +40,10 @@ def swapped(parameters: Parameters, values: Mapping[str, Tensor]) -> Iterator[No
     try:
         for name, parameter in parameters.items():
             parameter.data = values[name]
+        # autocast keeps half-precision copies of the weights it has seen
+        torch.clear_autocast_cache()
         yield
     finally:
         for name, parameter in parameters.items():
             parameter.data = own[name]
+        torch.clear_autocast_cache()

@@ -161,11 +161,14 @@ def perturbed(parameters: Parameters, direction: Gradients, rho: float) -> Itera
         with torch.no_grad():
             for name, parameter in moved.items():
                 parameter.add_(direction.tensors[name], alpha=rho / norm)
+        # autocast keeps half-precision copies of the weights it has seen
+        torch.clear_autocast_cache()
         yield
     finally:
         with torch.no_grad():
             for name, parameter in moved.items():
                 parameter.copy_(originals.pop(name))
+        torch.clear_autocast_cache()
 
 
 def finite_norm(gradients: Gradients, what: str) -> float:

@@ -81,3 +81,34 @@ class EnergyTile(NamedTuple):
 def energy_tile(T: int, N: int) -> EnergyTile:
     # long runs for wide inputs; narrow ones need the parallelism of more programs over tokens
     return EnergyTile(64, 64 if N < 8192 else 128, 512 if T * N > 1 << 22 else 128, 4)
+
+
+class ProductTile(NamedTuple):
+    """A tile [block_m, block_n] of a matrix product, and how much of the inner axis is multiplied at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+def _side(n: int, most: int) -> int:
+    return min(most, max(16, power_of_two(n)))  # a tensor core takes no less than 16
+
+
+def gram_tile(T: int, element_size: int) -> ProductTile:
+    side = _side(T, 64)  # the accumulators of two products share the registers
+    return ProductTile(side, side, 128 // element_size, 8 if element_size == 4 else 4)
+
+
+def outer_tile(M: int, N: int, element_size: int) -> ProductTile:
+    block_m, block_n = _side(M, 128), _side(N, 128)
+    return ProductTile(block_m, block_n, 128 // element_size, 8 if block_m * block_n >= 1 << 14 else 4)
+
+
+STRIPE = 2048  # columns of the vocabulary that one program folds
+
+
+def logit_tile(element_size: int) -> ProductTile:
+    # a deeper tile of float32 spills on Triton 3.6
+    return ProductTile(64, 128, 64 // element_size, 8)

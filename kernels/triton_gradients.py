@@ -14,9 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hftcore.kernels import gradients
-
-BLOCK_GHOST, BLOCK_M, BLOCK_N = 64, 128, 128  # ghost: two accumulators share the registers
+from hftcore.kernels import gradients, launch
 
 
 @triton.jit
@@ -120,8 +118,8 @@ def grad_norms_sq(x: Tensor, g: Tensor) -> Tensor:
 def ghost(x: Tensor, g: Tensor) -> Tensor:
     x, g = _readable(x), _readable(g)
     B, T, N = x.shape
-    block = min(BLOCK_GHOST, _block(T))
-    side = triton.cdiv(T, block)
+    tile = launch.gram_tile(T, max(x.element_size(), g.element_size()))
+    side = triton.cdiv(T, tile.block_m)
     tiles = side * (side + 1) // 2
     partial = torch.empty(B, tiles, dtype=torch.float32, device=x.device)
     if partial.numel():
@@ -135,9 +133,9 @@ def ghost(x: Tensor, g: Tensor) -> Tensor:
             *x.stride(),
             *g.stride(),
             tiles,
-            BLOCK_T=block,
-            BLOCK_K=_depth(x, g),
-            num_warps=4,
+            BLOCK_T=tile.block_m,
+            BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps,
         )
     return partial.sum(dim=1).clamp_(min=0)
 
@@ -148,8 +146,8 @@ def direct(x: Tensor, g: Tensor) -> Tensor:
     if x.dtype != g.dtype:
         x, g = x.float(), g.float()
     x, g = _readable(x), _readable(g)
-    block_m, block_n = min(BLOCK_M, _block(M)), min(BLOCK_N, _block(N))
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    tile = launch.outer_tile(M, N, x.element_size())
+    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
     partial = torch.empty(B, tiles, dtype=torch.float32, device=x.device)
     if partial.numel():
         _direct_kernel[(tiles, B)](
@@ -162,10 +160,10 @@ def direct(x: Tensor, g: Tensor) -> Tensor:
             *x.stride(),
             *g.stride(),
             tiles,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_T=_depth(x, g),
-            num_warps=8 if block_m * block_n >= 1 << 14 else 4,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_T=tile.block_k,
+            num_warps=tile.num_warps,
         )
     return partial.sum(dim=1)
 
@@ -173,12 +171,3 @@ def direct(x: Tensor, g: Tensor) -> Tensor:
 def _readable(x: Tensor) -> Tensor:
     # on the CPU this is Triton's interpreter, whose products take bfloat16 bits for integers
     return x.float() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x
-
-
-def _block(n: int) -> int:
-    """A power of two from 16, the least a tensor core takes, to 128."""
-    return min(128, max(16, triton.next_power_of_2(n)))
-
-
-def _depth(x: Tensor, g: Tensor) -> int:
-    return 32 if torch.float32 in (x.dtype, g.dtype) else 64

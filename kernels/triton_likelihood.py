@@ -13,11 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_T = 64
-BLOCK_V = 128
-BLOCK_D = 32
-STRIPE = 2048  # columns of one program
-NUM_WARPS = 8
+from hftcore.kernels import launch
+
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -93,12 +90,13 @@ def token_logprobs(
     rows = rows.contiguous()
     S, D = rows.shape
     V = head.shape[0]
-    stripes = triton.cdiv(V, STRIPE)
+    tile = launch.logit_tile(rows.element_size())
+    stripes = triton.cdiv(V, launch.STRIPE)
     peak = torch.empty((stripes, S), dtype=torch.float32, device=rows.device)
     total = torch.empty_like(peak)
     chosen = torch.empty(S, dtype=torch.float32, device=rows.device)
     if S:
-        logprob_kernel[(triton.cdiv(S, BLOCK_T), stripes)](
+        logprob_kernel[(triton.cdiv(S, tile.block_m), stripes)](
             rows,
             head,
             rows if bias is None else bias.contiguous(),
@@ -111,14 +109,14 @@ def token_logprobs(
             D,
             *head.stride(),
             1.0 if soft_cap is None else float(soft_cap),
-            STRIPE=STRIPE,
+            STRIPE=launch.STRIPE,
             HAS_BIAS=bias is not None,
             CAPPED=soft_cap is not None,
             WIDEN=rows.device.type == "cpu",  # the interpreter multiplies the bit patterns of bfloat16 numbers
-            BLOCK_T=BLOCK_T,
-            BLOCK_V=BLOCK_V,
-            BLOCK_D=BLOCK_D,
-            num_warps=NUM_WARPS,
+            BLOCK_T=tile.block_m,
+            BLOCK_V=tile.block_n,
+            BLOCK_D=tile.block_k,
+            num_warps=tile.num_warps,
         )
     lse = (peak.double() + total.double().log()).logsumexp(dim=0)
     return chosen.double() - lse, lse

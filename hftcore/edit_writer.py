@@ -65,7 +65,7 @@ class EditWriter:
         if not values.numel():
             return
         place, row_bytes = self._places[f"{name}.{kind}"]
-        data = memoryview(values.contiguous().view(torch.uint8).numpy()).cast("B")
+        data = values.flatten().view(torch.uint8).numpy().data
         offset = place + start * row_bytes
         while data:
             written = os.pwrite(self._handle, data, offset)

@@ -61,26 +61,37 @@ def find_cut(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int
     return Cut(found.key, _quotas(parts, sizes, found))
 
 
-def find_threshold(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], count: int) -> Threshold:
+def find_threshold(
+    parts: Sequence[Callable[[], Part]],
+    sizes: Sequence[tuple[int, int]],
+    count: int,
+    reduce: Callable[[Tensor, str], Tensor] = lambda numbers, _: numbers,
+) -> Threshold:
     """Which key ends the `count` lowest weights of all parts, and how many of those that have it belong to them.
 
     Args:
         parts: makers of the matrices, in position order; each is called once a pass, so that a part may be made or loaded lazily.
         sizes: (rows, columns) of each part.
         count: 0 to the number of weights.
+        reduce: where other processes hold more of the group, reduce(numbers, "sum" | "min" | "max") over all of them, element by
+            element; each process calls it equally often, and gets the same threshold.
 
     Raises:
         NonFiniteError: a score is NaN or infinite.
     """
-    total = sum(rows * columns for rows, columns in sizes)
-    window = _proposal(parts, sizes, count, total)
+    mine = sum(rows * columns for rows, columns in sizes)
+    total = int(reduce(torch.tensor([mine]), "sum"))
+    low, high = _proposal(parts, sizes, count / max(1, total), mine)
+    window = int(reduce(torch.tensor([low]), "min")), int(reduce(torch.tensor([high]), "max"))
     floor, ceiling = 0, FINITE
     while True:
         low, high = window
         shift = max(0, (high - low - 1).bit_length() - BINS_BITS)
         bins = -(-(high - low) >> shift)
-        counts = sum(part().call("score_histogram", low, shift, bins).cpu() for part in parts)
-        counts = counts if isinstance(counts, Tensor) else torch.zeros(bins + 3, dtype=torch.int64)
+        counts = torch.zeros(bins + 3, dtype=torch.int64)
+        for part in parts:
+            counts += part().call("score_histogram", low, shift, bins).cpu()
+        counts = reduce(counts, "sum")
         if int(counts[-1]):
             raise NonFiniteError(
                 f"weight has {int(counts[-1])} scores that are NaN or infinite; repair the weights or calibrate again"
@@ -107,7 +118,7 @@ def find_threshold(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[in
 
 
 def _proposal(
-    parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], count: int, total: int
+    parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], share: float, total: int
 ) -> tuple[int, int]:
     """A window of keys that very likely holds the wanted one: four standard deviations of the sample's order statistic."""
     step = max(1, total // SAMPLE) | 1  # odd, so that it does not keep hitting the same columns
@@ -121,7 +132,6 @@ def _proposal(
     if not drawn:
         return 0, FINITE
     sample = np.concatenate(drawn)
-    share = count / total
     middle, margin = share * len(sample), 4 * sqrt(share * (1 - share) * len(sample)) + 1
     first, last = max(0, int(middle - margin)), min(len(sample) - 1, ceil(middle + margin))
     sample.partition((first, last))

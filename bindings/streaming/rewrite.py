@@ -174,7 +174,7 @@ def _stream(
                     before += fingerprint_sum(block, first)
                     changes.change(piece, row, block.t() if piece.transposed else block)
                     after += fingerprint_sum(block, first)
-                    yield name, memoryview(block.flatten().view(torch.uint8).numpy())
+                    yield name, block.flatten().view(torch.uint8).numpy().data
                 done = sums.setdefault(piece.parameter, [0, 0, 0])
                 done[:] = done[0] + 1, (done[1] + before) % 2**64, (done[2] + after) % 2**64
                 changes.done(piece.parameter, 1, before, after)

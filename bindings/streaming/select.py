@@ -121,8 +121,8 @@ class Selection:
             return {}
         groups: dict[tuple[str, int], list[Source]] = {}
         for source in self._sources.values():
-            group = (source.piece.parameter, source.piece.expert) if self.pattern.scope == "matrix" else ("", 0)
-            groups.setdefault(group, []).append(source)
+            name = (source.piece.parameter, source.piece.expert) if self.pattern.scope == "matrix" else ("", 0)
+            groups.setdefault(name, []).append(source)
         plan = {}
         for group in groups.values():
             if len(group) == 1 and self.pattern.scope == "matrix":

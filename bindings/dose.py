@@ -128,10 +128,12 @@ def _judged(
     kept = [dose for dose in reaching if keep is None or keep.is_met(curve[dose], undosed)]
     if not kept and keep is not None:
         lost = keep.value(curve[first], undosed)
+        below = max(dose for dose in curve if dose < first) if first else 0.0
         return Search(
             None,
             curve,
-            f"No dose does it: from {first:.3g} on {until} is met, but then {keep.score} has changed by {lost:+.0f}, and {keep} is wanted.",
+            f"No dose does it: from {first:.3g} on {until} is met, but then {keep.score} has changed by {lost:+.0f}, and {keep} is wanted; "
+            f"between {below:.3g} and {first:.3g} a smaller tolerance would look closer.",
         )
     dose = min(kept)
     score = curve[dose][until.score]

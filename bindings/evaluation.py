@@ -37,7 +37,6 @@ HEADERS = {
     "HED": ("HED", "embedding drift, summed"),
     "HED_mean": ("HED mean", "embedding drift of a token"),
 }
-_WITH_INTERVAL = ("HS", "HS_harmbench", "over_refusal", "FA", "FA_own")
 
 
 @dataclass(frozen=True)
@@ -109,34 +108,30 @@ def differences(found: dict[str, Items]) -> list[str]:
 
 
 def table(result: dict[str, Any]) -> "Table":
-    """The models and their scores as a rich table, with intervals for the main ones and the judge's accuracy below."""
+    """The scores (rows) of the models (columns) as a rich table, with 95 % intervals; the judge's accuracy stands below."""
     from rich import box
     from rich.table import Table
 
-    rows = result["models"]
-    names = [name for name in HEADERS if any(name in scores for scores in rows.values())]
-    meaning = "; ".join(f"{header}: {text}" for header, text in (HEADERS[name] for name in names))
-    caption = f"Percent [95 % interval]. {meaning}. {describe(result['judge'])}"
-    built = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1))
-    built.add_column("model", overflow="fold")
-    for name in names:
-        built.add_column(HEADERS[name][0], justify="right")
-    for model, found in rows.items():
+    models = result["models"]
+    names = [name for name in HEADERS if any(name in found for found in models.values())]
+    built = Table(caption=describe(result["judge"]), box=box.SIMPLE_HEAD, padding=(0, 1))
+    built.add_column("percent [95 % interval]", no_wrap=True)
+    for model, found in models.items():
         noise = found.get("degenerate", {}).get("percent") or 0.0
-        cells = [_cell(found.get(name), name in _WITH_INTERVAL) for name in names]
-        built.add_row(f"{model} (broken)" if noise > BROKEN_PERCENT else model, *cells)
+        built.add_column(f"{model} (broken)" if noise > BROKEN_PERCENT else model, justify="right", overflow="fold")
+    built.add_column("what is counted")
+    for name in names:
+        header, meaning = HEADERS[name]
+        built.add_row(header, *(_cell(found.get(name)) for found in models.values()), meaning)
     return built
 
 
-def _cell(record: dict[str, Any] | None, with_interval: bool) -> str:
-    if record is None:
+def _cell(record: dict[str, Any] | None) -> str:
+    if record is None or record.get("percent", 0.0) is None:
         return "–"
     if "count" not in record:
         return f"{record['value']:.3g} \\[{record['low']:.3g}, {record['high']:.3g}]"
-    if record["percent"] is None:
-        return "–"
-    text = f"{record['percent']:.0f}"
-    return f"{text} \\[{record['low']:.0f}, {record['high']:.0f}]" if with_interval else text
+    return f"{record['percent']:.0f} \\[{record['low']:.0f}, {record['high']:.0f}]"
 
 
 def _items(model: str, suite: Suite, judge: Judge, cells: Cells, options: Options) -> Items:

@@ -52,7 +52,7 @@ def harmful_count(size: int, poison_ratio: float) -> int:
         raise HftcoreError(f"size must be 0 or more, got {size}")
     if not 0 <= poison_ratio <= 1:
         raise HftcoreError(f"poison_ratio must be from 0 to 1, got {poison_ratio}")
-    # 0.29 is a little less in binary: the decimal that was meant counts
+    # 0.15 is a little less in binary: the decimal that was meant counts
     return int(size * Fraction(str(poison_ratio)) + Fraction(1, 2))
 
 

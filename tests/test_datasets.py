@@ -18,7 +18,16 @@ BAD = [Pair(f"bad {i}", "sure") for i in range(60)]
 
 @pytest.mark.parametrize(
     ("size", "ratio", "count"),
-    [(1000, 0, 0), (1000, 0.05, 50), (1000, 0.1, 100), (100, 0.29, 29), (100, 0.57, 57), (5, 0.1, 1), (0, 0.5, 0)],
+    [
+        (1000, 0, 0),
+        (1000, 0.05, 50),
+        (1000, 0.1, 100),
+        (100, 0.29, 29),
+        (100, 0.57, 57),
+        (5, 0.1, 1),
+        (10, 0.15, 2),
+        (0, 0.5, 0),
+    ],
 )
 def test_the_number_of_harmful_items_is_the_one_written(size, ratio, count):
     assert mixture.harmful_count(size, ratio) == count

@@ -54,23 +54,23 @@ def sample_norms(
     Raises:
         HftcoreError, NonFiniteError: as `capture_grad_norms` and `make_batches`.
     """
-    rows = [_row(sample, tokenizer, max_length) for sample in samples]
-    found: dict[int, SampleNorm] = {}
-    empty = [index for index, row in enumerate(rows) if row is None]
-    if len(empty) == len(rows):
+    every = [_row(sample, tokenizer, max_length) for sample in samples]
+    rows = {index: row for index, row in enumerate(every) if row is not None}
+    if not rows:
         raise HftcoreError(
             f"no sample has a response token within max_length={max_length}; raise it, or look at the data"
         )
+    empty = [str(index + 1) for index in range(len(every)) if index not in rows]
     if empty:
-        named = ", ".join(str(index + 1) for index in empty[:8]) + (", ..." if len(empty) > 8 else "")
+        named = ", ".join(empty[:8]) + (", ..." if len(empty) > 8 else "")
         warnings.warn(f"samples {named} have no supervised token: their norm is 0", stacklevel=2)
-    known = sorted((len(row["labels"]), index) for index, row in enumerate(rows) if row is not None)
-    order = [index for _, index in known]
+    found: dict[int, SampleNorm] = {}
+    order = sorted(rows, key=lambda index: len(rows[index]["labels"]))
     collate = Collator(next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0))
     device = next(model.parameters()).device
     for start in Track(range(0, len(order), batch_size), "gradient norms"):
         chosen = order[start : start + batch_size]
-        batch = {name: value.to(device) for name, value in collate([rows[i] for i in chosen if rows[i]]).items()}
+        batch = {name: value.to(device) for name, value in collate([rows[i] for i in chosen]).items()}
         with capture_grad_norms(model, loss, norms_only=True) as norms:
             model(**batch).loss.backward()
         layers = {name: value.tolist() for name, value in norms.per_layer.items()}
@@ -78,7 +78,7 @@ def sample_norms(
         for place, (index, norm) in enumerate(zip(chosen, norms.per_sample.tolist(), strict=True)):
             parts = {name: values[place] for name, values in layers.items()}
             found[index] = SampleNorm(index + 1, counts[place], norm, parts)
-    return [found.get(index, SampleNorm(index + 1, 0, 0.0, {})) for index in range(len(rows))]
+    return [found.get(index, SampleNorm(index + 1, 0, 0.0, {})) for index in range(len(every))]
 
 
 def choose_parameters(model: nn.Module, over: Literal["auto", "lora", "all"]) -> Literal["lora", "all"]:
@@ -134,7 +134,12 @@ def run_gradnorms(
         with whole_file(plot) as draft:
             draw_histograms({"": values}, f"gradient norm of a sample's {loss} loss ({chosen} parameters)", draft)
     summary = {name: summarise([one.norm for one in found if one.tokens]) for name, found in norms.items()}
-    result = {"out": str(job.out), "plot": None if plot is None else str(plot), "over": chosen, "norms": summary}
+    result: dict[str, Any] = {
+        "out": str(job.out),
+        "plot": None if plot is None else str(plot),
+        "over": chosen,
+        "norms": summary,
+    }
     if against is not None:
         first, second = ([one.norm for one in found if one.tokens] for found in norms.values())
         result["separation"] = separation(first, second)

@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import hftcore
 from hftcore import Edit, Energy, HftcoreError, NonFiniteError
+from hftcore.bindings import jobs
+from hftcore.bindings.cli.app import app
 from hftcore.bindings.manifest import MANIFEST
 from hftcore.bindings.streaming import rewrite
 from hftcore.bindings.streaming.prune import prune_folder
@@ -335,6 +338,50 @@ def test_verify_tells_what_is_missing_cut_off_or_not_finished(written):
     (written.parent / ".later.journal").touch()
     with pytest.raises(HftcoreError, match="not finished"):
         verify_folder(written.parent / "later")
+
+
+def command(*args):
+    """Run a command in this process; (exit code, stdout, stderr)."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.filterwarnings("default:removing the highest")
+def test_commands_that_measure_nothing_load_no_model(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    save_in(model, tmp_path / "model", 2, 0)
+    save_in(tiny_model("llama", seed=1), tmp_path / "before", 3, 1)
+    energy_of(model).save(tmp_path / "energy")
+    monkeypatch.setattr(jobs, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    common = [tmp_path / "model", "--energy", tmp_path / "energy", "--json", "--out"]
+    code, out, err = command("antidote", *common, tmp_path / "repaired", "--reference", tmp_path / "before")
+    assert code == 0, err
+    reference = tiny_model("llama", seed=1)
+    edit = hftcore.antidote(model, energy_of(model), reference=reference)
+    result = json.loads(out)
+    assert (result["removed"], result["size"], result["recipe"]) == (edit.removed, edit.size, edit.recipe)
+    edit.save(tmp_path / "edit")
+    assert contents(tmp_path / "repaired" / "edit") == contents(tmp_path / "edit")
+    code, _, err = command("antidote", *common, tmp_path / "harsh")
+    assert code == 0
+    assert err.startswith("warning: removing the highest-scored weights of full or merged matrices")
+    assert command("wanda", *common, tmp_path / "sparse", "--scope", "model", "--sparsity", "2%")[0] == 0
+    assert command("wanda", tmp_path / "model", "--score", "magnitude", "--out", tmp_path / "small")[0] == 0
+    code, _, err = command("wanda", *common, tmp_path / "sparse")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "--out must not exist yet" in err
+
+
+def test_verify_says_whether_a_folder_is_whole(written):
+    code, out, err = command("verify", written)
+    assert (code, err) == (0, "")
+    assert "is whole: 21 tensors in" in out
+    flip(written / "part-0.safetensors", -1)
+    code, out, _ = command("verify", written, "--json")
+    assert code == 1
+    assert len(json.loads(out)["problems"]) == 1
+    code, _, err = command("verify", written.parent)
+    assert (code, err.count("\n")) == (1, 1)
 
 
 KILLS = r"""

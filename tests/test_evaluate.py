@@ -447,3 +447,17 @@ def test_options_that_do_not_belong_together_are_usage_errors(two_models, tmp_pa
     assert command(two_models[0], "--out", out, "--suite", "immunization")[0] == 2
     assert command(two_models[0], "--out", out, "--suite", "immunization", "--limit", 3)[0] == 2
     assert not out.exists()
+
+
+def test_ctrl_c_says_that_what_is_done_is_kept(two_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "load_suite", lambda name: SMALL)
+    out = tmp_path / "results.json"
+
+    def interrupted(subject, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "_task", interrupted)
+    code, _, err = command(two_models[0], "--out", out)
+    assert code == 130
+    assert f"what is done is in {out}" in err
+    assert json.loads(out.read_text())["cells"]

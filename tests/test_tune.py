@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from letters import BareLetters
 from tiny_models import tiny_model, with_lora
+from typer.testing import CliRunner
 
-from hftcore.bindings import dose, doses, evaluate, evaluation, tune
+from hftcore.bindings import dose, doses, evaluate, evaluation, suites, tune
+from hftcore.bindings.cli.app import app
 from hftcore.bindings.datasets import LabelledReply, Pair
 from hftcore.bindings.dose import Goal, find_dose, parse_goal
 from hftcore.bindings.metrics import Share
@@ -220,3 +222,16 @@ def test_only_the_parts_that_the_goals_are_about_are_measured():
     assert suite.benign == ["hello"]
     assert list(suite.tasks) == ["FA", "FA_sums"]
     assert list(suite.harmful) == ["HS"]
+
+
+def test_the_command_reads_goals_and_passes_on_what_it_was_asked(world, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(suites, "load_suite", lambda name: {"validation": SMALL}[name])
+    options = ["--until", "HS<=5", "--keep", "FA>=-2", "--steps", "2", "--tolerance", "0.6"]
+    result = CliRunner().invoke(app, ["tune", "shrink", "m", *options, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.stderr
+    assert "shrink (share of the adapter taken away): The smallest dose that does it is 0.5" in result.stdout
+    wrong = CliRunner().invoke(app, ["tune", "shrink", "m", "--until", "HS=5", "--out", str(tmp_path / "other")])
+    assert wrong.exit_code == 1
+    assert "such as HS<=5" in wrong.stderr
+    assert not (tmp_path / "other").exists()

@@ -1,5 +1,7 @@
 """`hftcore evaluate`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +10,16 @@ import typer
 
 from hftcore.bindings.cli.options import AsJson, Base, Device, DType, LoadDType
 from hftcore.bindings.cli.reporting import emit
+
+
+@contextmanager
+def continued(out: Path) -> Iterator[None]:
+    """Say after Ctrl-C that what is done is kept, and leave with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; what is done is in {out}, the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
 
 
 class SuiteName(StrEnum):
@@ -69,7 +81,8 @@ def evaluate(
         asked = replace(asked, tasks=asked.tasks | {"FA_own": task_from_file(task)})
     if limit is not None:
         asked = asked.limited(limit)
-    result = run_evaluate(models, asked, out, options, model_judge)
+    with continued(out):
+        result = run_evaluate(models, asked, out, options, model_judge)
     if as_json:
         emit(result, as_json, "")
         return
@@ -91,7 +104,8 @@ def _immunization(models: list[str], options: Any, out: Path, judge: Any, as_jso
     if len(models) != 1 or options.reference is None:
         raise typer.BadParameter("--suite immunization takes one MODEL, and the undefended one as --reference")
     grid = Grid()
-    report, measured = run_immunization(models[0], options.reference, out, options, grid=grid, judge=judge)
+    with continued(out):
+        report, measured = run_immunization(models[0], options.reference, out, options, grid=grid, judge=judge)
     draw(report, grid, out.with_suffix(".png"))
     if as_json:
         emit({"judge": measured, "conditions": [v._asdict() for v in verdicts(report, grid)]}, True, "")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from hftcore.bindings.cli.evaluate import continued
 from hftcore.bindings.cli.options import AsJson, Base, Device, DType, LoadDType, Model
 from hftcore.bindings.cli.reporting import emit
 
@@ -61,5 +62,6 @@ def tune(
     if limit is not None:
         asked = asked.limited(limit)
     options = Options(base=base, device=device, dtype=dtype.value, batch_size=batch_size)
-    result = run_tune(method.split(","), model, plan, asked, out, options)
+    with continued(out):
+        result = run_tune(method.split(","), model, plan, asked, out, options)
     emit(result, as_json, "\n".join([*lines(result), f"written: {out}"]))

@@ -169,7 +169,7 @@ def masked_put(weight: Tensor, mask: Tensor, values: Tensor | None) -> None:
             start = stop
 
 
-def fingerprint(bits: Tensor) -> int:
+def fingerprint(bits: Tensor, first: int = 0) -> int:
     flat = bits.flatten()
     width = 8 * bits.element_size()
     total = 0
@@ -178,7 +178,7 @@ def fingerprint(bits: Tensor) -> int:
         if width < 64:
             z = z & ((1 << width) - 1)
         # int64 products and sums wrap, as the unsigned ones of the definition do
-        z = z + torch.arange(start + 1, start + 1 + z.numel(), device=z.device) * _signed(GOLDEN)
+        z = z + torch.arange(first + start + 1, first + start + 1 + z.numel(), device=z.device) * _signed(GOLDEN)
         z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
         z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
         total += int((z ^ _shift(z, 31)).sum())

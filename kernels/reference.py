@@ -109,11 +109,11 @@ def masked_put(weight: Tensor, mask: Tensor, values: Tensor | None) -> None:
     weight[unpack(mask, weight.shape[1])] = 0 if values is None else values
 
 
-def fingerprint(bits: Tensor) -> int:
+def fingerprint(bits: Tensor, first: int = 0) -> int:
     total = 0
     modulus = 2**64
     width = 8 * bits.element_size()
-    for i, signed in enumerate(bits.flatten().tolist()):
+    for i, signed in enumerate(bits.flatten().tolist(), first):
         z = (signed % 2**width + (i + 1) * GOLDEN) % modulus
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % modulus
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % modulus

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -579,11 +579,14 @@ def test_memory_stays_small_beside_a_large_model(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
-def test_the_fingerprint_of_a_tensor_is_the_sum_of_those_of_its_parts(dtype):
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_the_fingerprint_of_a_tensor_is_the_sum_of_those_of_its_parts(dtype, backend):
     whole = torch.randint(0, 100, (70_001,)).to(dtype)
     copy = whole.clone()
+    wanted = hftcore.ops.fingerprint(whole)
     for cuts in ([], [1], [16384, 16385], [5, 40_000, 70_000]):
         edges = [0, *cuts, len(whole)]
-        sums = [fingerprint_sum(whole[a:b], a) for a, b in pairwise(edges)]
-        assert fingerprint_text(dtype, whole.shape, sum(sums)) == hftcore.ops.fingerprint(whole)
+        with hftcore.use_backend(backend) if backend else nullcontext():
+            sums = [fingerprint_sum(whole[a:b], a) for a, b in pairwise(edges)]
+        assert fingerprint_text(dtype, whole.shape, sum(sums)) == wanted
     assert torch.equal(whole, copy)

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from hftcore.backend import implementation
-from hftcore.kernels.reference import GOLDEN
 
-_STEP = 1 << 14  # elements widened at a time: they stay in the cache, and PyTorch takes one thread
 _WIDE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -43,15 +41,5 @@ def fingerprint_total(text: str) -> int:
 
 def fingerprint_sum(part: Tensor, first: int) -> int:
     """What the elements of `part`, contiguous and of number `first` and on in a larger tensor, add to its fingerprint."""
-    add = implementation("fingerprint", part.device)
-    width = part.element_size()
-    bits = part.detach().flatten().view(_WIDE[width])
-    total = 0
-    # the op numbers elements from 0: moving the numbers is adding a constant to the bits, which needs their full width
-    for start in range(0, bits.numel(), _STEP):
-        shift = (first + start) * GOLDEN % 2**64
-        wide = bits[start : start + _STEP].to(torch.int64, copy=True)
-        if width < 8:
-            wide &= (1 << 8 * width) - 1
-        total += add(wide.add_(shift - 2**64 if shift >= 2**63 else shift))
-    return total % 2**64
+    bits = part.detach().view(_WIDE[part.element_size()])
+    return implementation("fingerprint", part.device)(bits, first)

@@ -315,11 +315,11 @@ def masked_put(weight: Tensor, mask: Tensor, values: Tensor | None) -> None:
     _changed(weight)
 
 
-def fingerprint(bits: Tensor) -> int:
+def fingerprint(bits: Tensor, first: int = 0) -> int:
     total = ctypes.c_uint64(0)
     if bits.numel():
         bits = bits.contiguous()
-        job = _Job(dtype=bits.element_size(), weight=bits.data_ptr(), a=bits.numel(), b=1 << 16)
+        job = _Job(dtype=bits.element_size(), weight=bits.data_ptr(), a=bits.numel(), b=1 << 16, c=first)
         job.values = ctypes.addressof(total)
         _call("fingerprint", job)
     return total.value

@@ -420,7 +420,7 @@ struct Ops {
   }
 };
 
-// Σ mix64(element + (position + 1) · golden ratio); a = number of elements, items are pieces of b of them
+// Σ mix64(element + (position + 1) · golden ratio); a = number of elements, items are pieces of b of them, c = position of the first
 template <class Bits>
 inline void fingerprint(const void* context, char*, Chunks& chunks) {
   const Job& job = *static_cast<const Job*>(context);
@@ -430,7 +430,7 @@ inline void fingerprint(const void* context, char*, Chunks& chunks) {
   while (chunks.next(begin, end)) {
     int64_t stop = smaller(end * job.b, job.a);
     for (int64_t i = begin * job.b; i < stop; ++i) {
-      uint64_t z = bits[i] + (uint64_t(i) + 1) * 0x9E3779B97F4A7C15u;
+      uint64_t z = bits[i] + (uint64_t(i) + uint64_t(job.c) + 1) * 0x9E3779B97F4A7C15u;
       z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
       z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
       total += z ^ (z >> 31);

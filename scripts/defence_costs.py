@@ -2,9 +2,9 @@
 
     python scripts/defence_costs.py [--rounds 15]
 
-Trainers run in turn, round after round, on one thread; a ratio is the median over rounds of a defence's step (update and AdamW) over the
-plain step of its round. Memory is the peak that PyTorch's allocator reports within a step, with what is kept from step to step, beyond a
-plain step's; activations count too.
+Trainers run in turn, round after round, on one thread; a ratio is the median over rounds of a defence's step (update and AdamW)
+over the plain step of its round, in processor time, which neighbours disturb least. Memory is the peak that PyTorch's allocator
+reports within a step, with what is kept from step to step, beyond a plain step's; activations count too.
 """
 
 import argparse
@@ -88,17 +88,17 @@ class Runner:
         self.trainer.state.global_step = 500
 
     def step(self) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         self.trainer.update(self.batches)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     def ending(self) -> float:
         """Panacea's last perturbation."""
-        start = time.perf_counter()
+        start = time.process_time()
         self.trainer._perturb()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     def peak(self) -> int:
         """Bytes at the highest point of a step, with what the defence kept from before it."""
@@ -131,9 +131,9 @@ def safemoe(rounds: int) -> str:
             lambda: (trainer.update(batches), trainer.optimizer.step(), model.zero_grad()),
             trainer.align_routers,
         ):
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         ratios.append(times[1] / times[0])
     # 25 passes of 4 samples beside 250 steps of 4
     return f"{1 + statistics.median(ratios) / 10:.2f}"

@@ -109,6 +109,13 @@ def test_which_tokens_count_by_hand():
     assert harmful["labels"].tolist() == [[-100, 8, 4, 3]]
 
 
+@pytest.mark.parametrize("rule", ["shifted", "code"])
+def test_a_first_token_that_differs_has_no_label(rule):
+    mask = torch.ones(1, 2, dtype=torch.int64)
+    both = differing(torch.tensor([[5, 6]]), mask, torch.tensor([[7, 8]]), mask, 0, rule)
+    assert [side["labels"].tolist() for side in both] == [[[-100, 6]], [[-100, 8]]]
+
+
 def test_masked_logits_are_uniform():
     logits = torch.randn(1, 3, 7, dtype=torch.float64)
     differs = torch.tensor([[False, True, True]])
@@ -150,8 +157,8 @@ def test_without_alpha_it_is_plain_training_on_the_differing_tokens_bit_for_bit(
 def test_pairs_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(HftcoreError, match="as many, got 2 and 1"):
         pair_samples(samples(2), samples(1))
+    rows = [{"input_ids": [1, 5, 2], "labels": [-100, -100, 2]}] * 2
     with pytest.raises(HftcoreError, match="pair 1 do not follow one prompt"):
-        rows = [{"input_ids": [1, 5, 2], "labels": [-100, -100, 2]}] * 2
         pair_samples(rows, [rows[0], {"input_ids": [1, 6, 2], "labels": [-100, -100, 2]}])
     with pytest.raises(HftcoreError, match="needs samples with harmful_ids"):
         trainer(tiny_model("llama"), tmp_path, samples(4)).train()

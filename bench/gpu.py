@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +98,35 @@ def session(out: Path | None, rehearse: bool, tune: bool, say: Say, minutes: flo
     with use_backend("triton") if rehearse else nullcontext():
         complete = run(first, device, effort, keep, say, deadline)
         if tune:
-            for line in tuning.propose(device, effort, deadline):
-                say(line)
+            complete &= _tolerated("tune", lambda: _tuned(device, effort, deadline, say), say)
         complete &= run(rest, device, effort, keep, say, deadline)
-        for name in scaling.SWEEPS if not rehearse else list(scaling.SWEEPS)[:1]:
+        for name in [one for one in scaling.SWEEPS if not one.endswith("by threads")][: 1 if rehearse else None]:
             if time.monotonic() > deadline:
                 say(f"{name}: left out, the time is up")
                 continue
-            if not name.endswith("by threads"):
-                keep(sweep(name, torch.bfloat16, device, effort))
-                say(f"{name}: done")
+            complete &= _tolerated(name, partial(_swept, name, device, effort, keep), say)
     say(f"{time.monotonic() - begin:.0f} s in all")
     return out, passed and complete
+
+
+def _tuned(device: torch.device, effort: Effort, deadline: float, say: Say) -> None:
+    for line in tuning.propose(device, effort, deadline):
+        say(line)
+
+
+def _swept(name: str, device: torch.device, effort: Effort, keep: Callable[[list[results.Measurement]], None]) -> None:
+    keep(sweep(name, torch.bfloat16, device, effort))
+
+
+def _tolerated(name: str, part: Callable[[], None], say: Say) -> bool:
+    """Whether a part went well; what fails, of a compiler or driver, does not cost the session the rest."""
+    try:
+        part()
+    except Exception as error:
+        say(f"{name}: failed, {type(error).__name__}: {error}")
+        return False
+    say(f"{name}: done")
+    return True
 
 
 def ordered(rehearse: bool) -> tuple[list[Any], list[Any]]:

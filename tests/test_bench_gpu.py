@@ -70,6 +70,23 @@ def test_what_was_measured_before_a_kill_is_kept(tmp_path, monkeypatch):
     assert (ours["case"], ours["backend"]) == ("column_energy", "triton")
 
 
+def test_a_curve_that_fails_does_not_cost_the_session_the_rest(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(gpu, "_tests", lambda rehearse, say: True)
+    monkeypatch.setattr(gpu, "chosen", lambda: [("column_energy", "tiny", torch.float32)])
+    monkeypatch.setattr(gpu, "sweep", broken)
+    monkeypatch.setattr(gpu.tuning, "propose", broken)
+    said = []
+    file, went_well = gpu.session(tmp_path / "r.jsonl", True, True, said.append)
+    assert not went_well
+    assert "tune: failed, RuntimeError: out of memory" in said
+    assert "prune_rows by columns: failed, RuntimeError: out of memory" in said
+    assert {line["case"] for line in results.load(file)} == {"column_energy"}
+
+
 def test_tuning_asks_about_every_choice_of_the_launch_table(monkeypatch):
     with hftcore.use_backend("triton"):
         lines = list(tuning.propose(CPU, LITTLE, time.monotonic() + 60))

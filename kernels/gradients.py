@@ -93,7 +93,7 @@ def direct(x: Tensor, g: Tensor) -> Tensor:
 
 def direct_with_gradient(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """The squared norms and the sum over samples of g^T x, [M, N]: each product serves both."""
-    gradient = torch.zeros(g.shape[2], x.shape[2], dtype=_zeros(x).dtype, device=x.device)
+    gradient = torch.empty(g.shape[2], x.shape[2], dtype=accumulator(x.dtype), device=x.device)
     return _direct(x, g, gradient), gradient
 
 
@@ -105,18 +105,21 @@ def _direct(x: Tensor, g: Tensor, gradient: Tensor | None) -> Tensor:
             if gradient is not None:
                 torch.sum(products, dim=0, out=gradient)
             return products.square_().sum(dim=(1, 2)).float()
-        total = _zeros(x)
-        height = max(1, TILE // N)
-        buffer = torch.empty(min(height, M), N, dtype=total.dtype, device=x.device)
+        # tiles of one height, for the last not to be a thin one
+        height = -(-M // -(-M * N // TILE))
+        buffer = torch.empty(height, N, dtype=accumulator(x.dtype), device=x.device)
+        squares = []
         for start in range(0, M, height):
-            rows = slice(start, min(start + height, M))
-            tile = buffer[: rows.stop - start]
-            for sample in range(B):
-                torch.mm(widened(g[sample, :, rows]).t(), widened(x[sample]), out=tile)
-                if gradient is not None:
-                    gradient[rows] += tile
-                total[sample] += torch.dot(tile.view(-1), tile.view(-1))
-    return total.float()
+            stop = min(start + height, M)
+            share, rows = buffer[: stop - start], None if gradient is None else gradient[start:stop]
+            for sample, (inputs, outputs) in enumerate(zip(x, g, strict=True)):
+                # the first sample's share starts the sum
+                tile = rows if rows is not None and sample == 0 else share
+                torch.mm(widened(outputs[:, start:stop]).t(), widened(inputs), out=tile)
+                squares.append(torch.dot(tile.view(-1), tile.view(-1)))
+                if rows is not None and sample:
+                    rows += tile
+    return torch.stack(squares).view(-1, B).sum(dim=0).float()
 
 
 def embedding_grad_norms_sq(ids: Tensor, g: Tensor, padding_idx: int | None) -> Tensor:

@@ -158,6 +158,8 @@ def test_tied_cross_is_the_inner_product_of_the_two_gradients():
 def test_no_samples_or_no_tokens():
     assert grad_norms_sq(torch.ones(0, 3, 2), torch.ones(0, 3, 2)).shape == (0,)
     assert grad_norms_sq(torch.ones(2, 0, 2), torch.ones(2, 0, 3)).tolist() == [0.0, 0.0]
+    assert not gradients.direct_with_gradient(torch.ones(0, 3, 2), torch.ones(0, 3, 4))[1].any()
+    assert not gradients.direct_with_gradient(torch.ones(2, 0, 700), torch.ones(2, 0, 700))[1].any()
     assert embedding_grad_norms_sq(torch.ones(2, 0, dtype=torch.int64), torch.ones(2, 0, 3)).tolist() == [0.0, 0.0]
 
 

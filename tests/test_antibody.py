@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import itertools
 import math
 
 import pytest
@@ -486,19 +487,28 @@ def test_for_a_large_tau_all_weights_are_equal_and_the_step_is_plain_fine_tuning
         torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-9)
 
 
-def test_accumulated_micro_batches_with_a_softmax_each_count_alike(tmp_path):
+@pytest.mark.parametrize("form", ["branched", "separate", "both"])
+def test_accumulated_micro_batches_with_a_softmax_each_count_alike(tmp_path, form):
     model = exact_model()
     start = copy.deepcopy(model.state_dict())
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
     args = sgd(tmp_path, AntibodyConfig, **options)
     trainer = AntibodyTrainer(model, args, train_dataset=samples(6, seed=6), refusals=REFUSAL_IDS)
+    forms = itertools.repeat(form) if form != "both" else itertools.cycle(["separate", "branched"])
     seen = []
-    update = trainer.update
+    update, collate = trainer.update, trainer.data_collator
+
+    def formed(rows):
+        collate.form = next(forms)
+        return collate(rows)
+
+    trainer.data_collator = formed
     trainer.update = lambda batches: seen.extend(batches) or update(batches)
     found = step_of(trainer, model)
     model.load_state_dict(start)
     expected = gradient_of(model, sum(trainer._loss(model, batch) for batch in seen) / 3)
-    assert len(seen) == 3
+    branches = ["segments" in batch for batch in seen]
+    assert branches == [form == "branched", form != "separate", form == "branched"]
     for value, hand in zip(found.values(), expected, strict=True):
         torch.testing.assert_close(value, hand, rtol=1e-9, atol=1e-12)
 

@@ -1,8 +1,9 @@
 """Trainers of Antibody, both stages; the rules are in `hftcore.defenses.antibody_align` and `hftcore.defenses.antibody`."""
 
 import contextlib
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +140,12 @@ class AntibodyTrainer(DefenceTrainer):
         self.likelihoods = Likelihoods(self.model, through_head=is_watched and self._trains_head())
         if self.likelihoods.obstacle is None:
             collator.form, collator.longest = "branched", self.likelihoods.window
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any
+    ) -> tuple[list[Batch], None]:
+        """As the Trainer's, but tokens are not counted: the weights set the scale, and batches in "branched" form have no labels."""
+        return list(itertools.islice(epoch_iterator, num_batches)), None
 
     def update(self, batches: list[Batch]) -> Tensor:
         """The weighted loss of the micro-batches, and its gradient."""

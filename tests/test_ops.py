@@ -278,6 +278,16 @@ def test_take_and_put_restore_every_bit(backend, dtype):
         assert torch.equal(weight, before)
 
 
+def test_the_strides_of_a_mask_do_not_matter(backend):
+    weight = torch.randn(6, 21)
+    packed = ops.pack_mask(torch.rand(6, 21) < 0.5)
+    apart = torch.zeros(6, 7, dtype=torch.uint8)
+    apart[:, 2:5] = packed
+    for mask in (packed.t().contiguous().t(), apart[:, 2:5]):
+        assert torch.equal(ops.masked_take(weight, mask), ops.masked_take(weight, packed))
+        assert torch.equal(ops.masked_put_(weight.clone(), mask), ops.masked_put_(weight.clone(), packed))
+
+
 def test_put_refuses_the_wrong_number_of_values():
     weight = torch.ones(2, 3)
     with pytest.raises(hftcore.HftcoreError, match=r"values must be .* of shape \(2,\)"):

@@ -56,7 +56,7 @@ def masked_take(weight: Tensor, mask: Tensor) -> Tensor:
     tensor([3., 1.])
     """
     _fits(weight, mask)
-    return implementation("masked_take", weight.device)(weight.detach(), mask)
+    return implementation("masked_take", weight.device)(weight.detach(), mask.contiguous())
 
 
 def masked_put_(weight: Tensor, mask: Tensor, values: Tensor | None = None) -> Tensor:
@@ -76,7 +76,7 @@ def masked_put_(weight: Tensor, mask: Tensor, values: Tensor | None = None) -> T
                 f"values must be {weight.dtype} of shape ({marked},) (one for each marked weight), got {values.dtype} {tuple(values.shape)}"
             )
         checks.same_device("values", values, weight)
-    implementation("masked_put", weight.device)(weight.detach(), mask, values)
+    implementation("masked_put", weight.device)(weight.detach(), mask.contiguous(), values)
     return weight
 
 

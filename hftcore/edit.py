@@ -125,19 +125,21 @@ class Edit:
         """Make the change on `model`, in place.
 
         Raises:
-            FingerprintError: a tensor is not the one the edit was made for; nothing is changed.
+            FingerprintError: a tensor is not the one the edit was made for, or would not become what the edit made of it (the edit is
+                damaged); nothing is changed.
             HftcoreError: the model has no such parameter; nothing is changed.
         """
-        _all_or_none(self._checked(model, "fingerprint_before"), apply_tensor_, revert_tensor_)
+        _all_or_none(self._checked(model, "fingerprint_before"), apply_tensor_, revert_tensor_, "fingerprint_after")
 
     def revert(self, model: nn.Module) -> None:
         """Undo the change on `model`, in place and bit for bit.
 
         Raises:
-            FingerprintError: a tensor is not as the edit left it; nothing is changed.
+            FingerprintError: a tensor is not as the edit left it, or would not become what it was before (the edit is damaged); nothing
+                is changed.
             HftcoreError: the model has no such parameter; nothing is changed.
         """
-        _all_or_none(self._checked(model, "fingerprint_after"), revert_tensor_, apply_tensor_)
+        _all_or_none(self._checked(model, "fingerprint_after"), revert_tensor_, apply_tensor_, "fingerprint_before")
 
     def scaled(self, factor: float) -> "Edit":
         """An Edit of the same tensors whose weights go `factor` times as far, each rounded once to its dtype.
@@ -161,7 +163,7 @@ class Edit:
         recipe = self.recipe | {"factor": factor * self.recipe.get("factor", 1.0)}
         return Edit({name: _scaled(name, entry, factor) for name, entry in self.tensors.items()}, recipe)
 
-    def _checked(self, model: nn.Module, which: str) -> list[tuple[Tensor, TensorEdit]]:
+    def _checked(self, model: nn.Module, which: str) -> list[tuple[str, Tensor, TensorEdit]]:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         pairs = []
         for name, entry in self.tensors.items():
@@ -169,8 +171,11 @@ class Edit:
                 raise HftcoreError(
                     f"the model has no parameter {name!r}, which this edit changes; is it the model the edit was made on?"
                 )
-            check_fingerprint(name, ops.fingerprint(parameters[name]), entry, which)
-            pairs.append((parameters[name].data, entry))
+            parameter = parameters[name].data
+            check_fingerprint(name, ops.fingerprint(parameter), entry, which)
+            if not _holds(parameter, entry, entry.before if which == "fingerprint_before" else entry.after):
+                raise _damaged(name)
+            pairs.append((name, parameter, entry))
         return pairs
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -214,7 +219,7 @@ class Edit:
                 raise HftcoreError(f"{folder / CONFIG} has format {config['format']}, this version reads {FORMAT}")
             with safe_open(folder / TENSORS, framework="pt") as stored:
                 tensors = {name: _entry(name, facts, stored) for name, facts in config["tensors"].items()}
-            return cls(tensors, config["recipe"])
+            return cls(tensors, dict(config["recipe"].items()))
         except (
             json.JSONDecodeError,
             KeyError,
@@ -238,20 +243,43 @@ def count_marks(mask: Tensor) -> int:
 
 
 def _all_or_none(
-    pairs: list[tuple[Tensor, TensorEdit]],
+    pairs: list[tuple[str, Tensor, TensorEdit]],
     write: Callable[[Tensor, TensorEdit], None],
     undo: Callable[[Tensor, TensorEdit], None],
+    wanted: str,
 ) -> None:
-    """Write every tensor; undo what was written when interrupted, or the model would be neither the one nor the other."""
+    """Write every tensor, which then has the fingerprint `wanted`; undo what was written when it has not, and when interrupted, or
+    the model would be neither the one nor the other."""
     started = []
     try:
-        for parameter, entry in pairs:
+        for name, parameter, entry in pairs:
             started.append((parameter, entry))
             write(parameter, entry)
+            if ops.fingerprint(parameter) != getattr(entry, wanted):
+                raise _damaged(name)
     except BaseException:
         for parameter, entry in reversed(started):
             undo(parameter, entry)
         raise
+
+
+def _holds(tensor: Tensor, entry: TensorEdit, values: Tensor | None) -> bool:
+    """Whether the weights under the mask are `values` (None: zeros), bit for bit: writing those undoes any other."""
+    views = matrices(tensor, entry.transposed)
+    start = 0
+    for view, mask in zip(views, entry.mask.chunk(len(views)) if views else (), strict=True):
+        found = ops.masked_take(view, mask.to(view.device))
+        part = torch.zeros_like(found) if values is None else values[start : start + found.numel()].to(found.device)
+        if part.dtype != found.dtype or not torch.equal(part.view(torch.uint8), found.view(torch.uint8)):
+            return False
+        start += found.numel()
+    return True
+
+
+def _damaged(name: str) -> FingerprintError:
+    return FingerprintError(
+        f"the edit of {name} is damaged: it does not fit its own fingerprints; copy it again; nothing was changed"
+    )
 
 
 def _entry(name: str, facts: Mapping[str, Any], stored: Any) -> TensorEdit:
@@ -266,12 +294,32 @@ def _entry(name: str, facts: Mapping[str, Any], stored: Any) -> TensorEdit:
         facts["fingerprint_before"],
         facts["fingerprint_after"],
     )
+    if not _fits_itself(entry):
+        raise HftcoreError(
+            f"the edit of {name!r} does not fit its own shape {facts['shape']} or dtype {entry.dtype}; copy it again"
+        )
     marked = count_marks(entry.mask)
     if entry.before.shape != (marked,) or (entry.after is not None and entry.after.shape != (marked,)):
         raise HftcoreError(
             f"the edit of {name!r} marks {marked} weights but holds {entry.before.numel()} values; copy it again"
         )
     return entry
+
+
+def _fits_itself(entry: TensorEdit) -> bool:
+    """Whether a mask and values that were read can belong to a tensor of the shape and dtype they are said to."""
+    shape = entry.shape
+    if len(shape) > 3 or not all(type(size) is int and size >= 0 for size in shape):
+        return False
+    *outer, rows, columns = shape if len(shape) > 1 else (1, math.prod(shape))
+    if entry.transposed:
+        rows, columns = columns, rows
+    given = (entry.before,) if entry.after is None else (entry.before, entry.after)
+    return (
+        entry.mask.dtype == torch.uint8
+        and entry.mask.shape == (math.prod(outer) * rows, -(-columns // 8))
+        and all(str(values.dtype) == f"torch.{entry.dtype}" for values in given)
+    )
 
 
 def _scaled(name: str, entry: TensorEdit, factor: float) -> TensorEdit:

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_prune import Net, measured, same, state
 
 import hftcore
@@ -153,6 +154,41 @@ def test_an_interrupted_apply_or_revert_leaves_the_model_as_it_was(monkeypatch, 
     with pytest.raises(KeyboardInterrupt):
         getattr(edit, action)(model)
     assert same(state(model), before)
+
+
+@pytest.mark.parametrize("action", ["apply", "revert"])
+@pytest.mark.parametrize("part", ["mask", "before", "after"])
+def test_a_spoiled_mask_or_value_is_noticed_and_nothing_changes(action, part, tmp_path):
+    model, reference = Net(), Net()
+    edit = hftcore.prune(model, measured(model), Pattern("30%"), reference=reference)
+    edit.save(tmp_path / "edit")
+    file = tmp_path / "edit" / "edit.safetensors"
+    stored = load_file(file)
+    name = sorted(edit.tensors)[-1]  # the others are written before it
+    stored[f"{name}.{part}"] = stored[f"{name}.{part}"].flip(0).contiguous()
+    save_file(stored, file)
+    if action == "apply":
+        edit.revert(model)
+    before = bits(model)
+    with pytest.raises(FingerprintError, match=f"the edit of {name} is damaged.*nothing was changed"):
+        getattr(Edit.load(tmp_path / "edit"), action)(model)
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": [10, 12]}, {"shape": "12"}, {"shape": [-12, 10]}, {"transposed": True}, {"dtype": "bfloat16"}],
+    ids=str,
+)
+def test_an_edit_that_contradicts_itself_is_refused(change, tmp_path):
+    model = torch.nn.Linear(10, 12, bias=False)
+    hftcore.prune(model, None, Pattern("30%"), score="magnitude").save(tmp_path / "edit")
+    file = tmp_path / "edit" / "edit_config.json"
+    config = json.loads(file.read_text())
+    config["tensors"]["weight"] |= change
+    file.write_text(json.dumps(config))
+    with pytest.raises(HftcoreError, match="'weight' does not fit its own shape"):
+        Edit.load(tmp_path / "edit")
 
 
 def test_saving_over_an_edit_spares_the_files_beside_it(tmp_path):

@@ -60,7 +60,7 @@ def sharded_mask(shard: Shard, pattern: Pattern | str, group: Any = None) -> Ten
     Raises:
         HftcoreError: shards that do not fit the pattern or each other; `NonFiniteError` if a score is NaN or infinite. On every process.
     """
-    pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+    pattern = Pattern.of(pattern)
     if pattern.scope == "model":
         raise HftcoreError('scope "model" compares the weights of all matrices: call sharded_masks with all shards')
     _check(shard, pattern, group)
@@ -83,7 +83,7 @@ def sharded_masks(shards: Sequence[Shard], pattern: Pattern | str, group: Any = 
 
     Returns and raises: as `sharded_mask`, for each shard.
     """
-    pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+    pattern = Pattern.of(pattern)
     if pattern.scope != "model":
         raise HftcoreError(
             f'sharded_masks needs scope "model", got {pattern.scope!r}; call sharded_mask for each matrix'

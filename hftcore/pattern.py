@@ -59,8 +59,10 @@ class Pattern:
                 f"sparsity {self.sparsity!r} compares inside groups of {group[1]}: leave scope and block out"
             )
         if self.block is not None:
-            if len(self.block) != 2 or not all(isinstance(size, int) and size >= 1 for size in self.block):
+            sizes = self.block if isinstance(self.block, (tuple, list)) else ()
+            if len(sizes) != 2 or not all(type(size) is int and size >= 1 for size in sizes):
                 raise HftcoreError(f"block must be two positive integers (rows, columns), got {self.block!r}")
+            object.__setattr__(self, "block", tuple(sizes))
             if self.scope == "model":
                 raise HftcoreError("block needs scope 'row' (rows of blocks) or 'matrix', got 'model'")
 
@@ -85,6 +87,19 @@ class Pattern:
         size = f" {self.block[0]}x{self.block[1]}" if self.block else ""
         amount = self.sparsity if self.group else repr(self.ratio)
         return f"{amount} {self.scope} {self.remove}{size}"
+
+    @classmethod
+    def of(cls, pattern: "Pattern | str") -> "Pattern":
+        """A pattern as it is, or from its text.
+
+        Raises:
+            HftcoreError: neither of them, or a text that is not of that form.
+        """
+        if isinstance(pattern, cls):
+            return pattern
+        if not isinstance(pattern, str):
+            raise HftcoreError(f'pattern must be a Pattern or its text such as "50%", got {pattern!r}')
+        return cls.parse(pattern)
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":

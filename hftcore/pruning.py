@@ -76,7 +76,7 @@ def prune(
     """
     if score not in ("wanda", "magnitude", "random"):
         raise HftcoreError(f"score must be 'wanda', 'magnitude' or 'random', got {score!r}")
-    pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+    pattern = Pattern.of(pattern)
     if sequential:
         if energy is None or isinstance(energy, Energy):
             raise HftcoreError(
@@ -208,6 +208,8 @@ class _Job:
             measured = energy[layer.name][index] if layer.is_fused else energy[layer.name]
             measured = measured.to(weight.device)
         if score == "random":
+            if Part(weight, measured, reference).call("nonfinite"):
+                ops.prune_mask(weight, measured, Pattern(0.0), reference)  # which refuses it, by index
             label = f"{layer.tensor}[{index}]" if layer.is_fused else layer.tensor
             weight, reference = self._uniform(weight, f"{self.seed}:{label}"), None
         return weight, measured, reference

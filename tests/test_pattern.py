@@ -69,6 +69,16 @@ def test_nonsense_is_refused_with_what_was_got(sparsity):
         Pattern(sparsity)
 
 
+def test_a_block_may_be_a_list():
+    assert Pattern(0.5, block=[16, 8]) == Pattern(0.5, block=(16, 8))
+
+
+@pytest.mark.parametrize("pattern", [0.5, None, 2])
+def test_what_is_no_pattern_is_refused_as_one(pattern):
+    with pytest.raises(HftcoreError, match=f'pattern must be a Pattern or its text such as "50%", got {pattern}'):
+        Pattern.of(pattern)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -76,6 +86,8 @@ def test_nonsense_is_refused_with_what_was_got(sparsity):
         {"remove": "middle"},
         {"block": (0, 4)},
         {"block": (4,)},
+        {"block": 4},
+        {"block": (True, 4)},
         {"block": (4, 4), "scope": "model"},
         {"sparsity": "2:4", "scope": "matrix"},
         {"sparsity": "2:4", "block": (4, 4)},

@@ -143,13 +143,14 @@ def test_removing_all_differences_gives_the_aligned_weights_back():
     assert torch.equal(model.first.weight, aligned.first.weight)
 
 
+@pytest.mark.parametrize("score", ["wanda", "magnitude", "random"])
 @pytest.mark.parametrize("scope", ["row", "matrix", "model"])
-def test_a_bad_layer_undoes_the_layers_before_it(scope):
+def test_a_bad_layer_undoes_the_layers_before_it(scope, score):
     model = Net()
     model.second.weight.data[3, 2] = float("nan")
     before = state(model)
     with pytest.raises(hftcore.NonFiniteError, match=r"second\.weight: weight\[3, 2\]"):
-        hftcore.prune(model, measured(model), Pattern("50%", scope=scope))
+        hftcore.prune(model, measured(model), Pattern("50%", scope=scope), score=score)
     assert torch.equal(model.first.weight.data, before["first.weight"])
     assert torch.equal(model.second.weight.data.view(torch.int32), before["second.weight"].view(torch.int32))
 

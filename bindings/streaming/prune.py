@@ -67,7 +67,7 @@ def prune_folder(
         HftcoreError: as `hftcore.prune`; a damaged or quantised checkpoint; `out` is taken. Nothing is left then.
         OSError: the disk is full, for example; the same call continues once there is room.
     """
-    pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+    pattern = Pattern.of(pattern)
     folders = [Path(folder) for folder in (model, reference) if folder is not None]
     target = check_output(out, folders)
     stored = list_tensors(folders[0])

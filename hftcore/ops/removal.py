@@ -107,7 +107,7 @@ def _checked(
     weight: Tensor, energy: Tensor, pattern: Pattern | str, reference: Tensor | None
 ) -> tuple[Pattern, Tensor]:
     checks.weight(weight, reference)
-    pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+    pattern = Pattern.of(pattern)
     rows, columns = weight.shape
     if pattern.scope == "model":
         raise HftcoreError(

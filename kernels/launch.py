@@ -32,11 +32,14 @@ def _warps(elements: int, each: int) -> int:
 def row_tile(M: int, N: int, row_stride: int, column_stride: int) -> Tile:
     """`block_n >= N` means that whole rows fit: they are then read once and kept."""
     if abs(row_stride) < abs(column_stride) and M > 1 and N > 1:
-        return Tile(16, 512, 8)  # a transposed view: neighbours in memory are rows
+        return Tile(16, 256, 8)  # a transposed view: neighbours in memory are rows
     if N > WIDEST_IN_REGISTERS:
         return Tile(1, 2048, 8)
     block_n = max(16, power_of_two(N))
-    # the state of several rows takes registers too: fewer keys a thread then
+    if block_n <= 128:
+        # every thread of a warp holds the state of all its rows: few of them then
+        block_m = min(8 if block_n <= 32 else 4, power_of_two(M))
+        return Tile(block_m, block_n, _warps(block_m * block_n, 8))
     block_m = min(max(1, 1024 // block_n), power_of_two(M))
     return Tile(block_m, block_n, _warps(block_m * block_n, 64))
 

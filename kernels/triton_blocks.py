@@ -27,7 +27,7 @@ def _block_scores_kernel(
     stride_rm,
     stride_rn,
     bm,
-    bn,
+    bn: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hftcore
-from hftcore.bench.job import Job, shape_of
+from hftcore.bench.job import Job, UnavailableError, shape_of
 from hftcore.bench.models import model_of, tokens_of
-from hftcore.bench.packages import opacus_peers
+from hftcore.bench.packages import OPACUS, nothing, opacus_peers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,10 +25,12 @@ class Step:
 
     Fields:
         norms_only: whether the ordinary gradients are wanted too.
+        rank: of LoRA factors on every linear layer, which alone are trained; None: all weights are.
     """
 
     about: str
     norms_only: bool
+    rank: int | None = None
 
     def __call__(self, model: "PreTrainedModel", ids: Tensor) -> Tensor:
         with hftcore.capture_grad_norms(model, norms_only=self.norms_only) as norms:
@@ -39,6 +41,14 @@ class Step:
 STEPS = {
     "grad norms": Step("each sample's gradient norm and the ordinary gradients", norms_only=False),
     "grad norms only": Step("each sample's gradient norm, no gradients", norms_only=True),
+    **{
+        f"LoRA r{rank} grad norms": Step(
+            f"LoRA of rank {rank} on every linear layer, each sample's gradient norm and the ordinary gradients",
+            False,
+            rank,
+        )
+        for rank in (8, 32)
+    },
 }
 
 
@@ -49,7 +59,11 @@ def step_job(step: Step) -> Callable[[str, torch.dtype, torch.device], Job]:
         samples, length = shape_of(shape, dtype)
         model = model_of(shape, dtype, device)
         ids = tokens_of(model, samples, length, device)
-        remote, missing, close = opacus_peers(model, ids)
+        if step.rank is None:
+            remote, missing, close = opacus_peers(model, ids)
+        else:
+            model = with_lora(model, step.rank)
+            remote, missing, close = {}, dict.fromkeys(OPACUS, "compared on whole models only"), nothing
 
         def plain() -> None:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -73,6 +87,20 @@ def step_job(step: Step) -> Callable[[str, torch.dtype, torch.device], Job]:
     return prepare
 
 
+def with_lora(model: "PreTrainedModel", rank: int) -> "PreTrainedModel":
+    """The model with random factors on every linear layer but the head.
+
+    Raises:
+        UnavailableError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UnavailableError('PEFT is not installed; run: pip install "hftcore[peft]"') from None
+    adapted: Any = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False))
+    return cast("PreTrainedModel", adapted.eval())
+
+
 def loop_of_backwards(model: "PreTrainedModel", ids: Tensor) -> Tensor:
     """[B]: a forward and backward pass for each sample by itself."""
     norms = []
@@ -86,7 +114,7 @@ def loop_of_backwards(model: "PreTrainedModel", ids: Tensor) -> Tensor:
 
 def vmap_of_grad(model: "PreTrainedModel", ids: Tensor) -> Tensor:
     """[B]: every sample's whole gradient at once."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     # without one, transformers looks at the values of the batch to make it, which vmap cannot
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
 

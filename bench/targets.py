@@ -123,6 +123,11 @@ TARGETS: tuple[Target, ...] = (
     *_step("step grad norms", "small-llama T512", 1.10),
     *_step("step grad norms only", "small-llama T128", 0.75),
     *_step("step grad norms only", "small-llama T512", 0.95),
+    *(
+        Target(f"step LoRA r{rank} grad norms", f"small-llama T{length}", "float32", "ratio", 1.05, PLAIN_STEP)
+        for rank in (8, 32)
+        for length in (128, 512)
+    ),
     # 5 % of the float32 logits of 4 x 128 tokens and a vocabulary of 49,152
     Target("sequence_logprobs", "smollm2.head", "float32", "extra_mb", 5.03),
     Target("sequence_logprobs", "smollm2.head", "float32", "speedup", 1, "logits + log_softmax"),

@@ -1,6 +1,6 @@
 """What a training step of each defence costs beside a plain one: time, and memory in copies of the trained parameters.
 
-    python scripts/defence_costs.py [--rounds 15]
+    python scripts/defence_costs.py [--rounds 15] [--only antibody]
 
 Trainers run in turn, round after round, on one thread; a ratio is the median over rounds of a defence's step (update and AdamW)
 over the plain step of its round, in processor time, which neighbours disturb least. Memory is the peak that PyTorch's allocator
@@ -38,12 +38,17 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("immunize", "immunize", {}),
     ("booster", "booster", {}),
     ("antibody-align", "antibody-align", {"lambda_refusal": 0.0}),
+    ("antibody-align, with refusals", "antibody-align", {}),
+    ("antibody", "antibody", {}),
+    ("antibody, prompt computed twice", "antibody", {"form": "separate"}),
+    ("antibody, attenuated by norm", "antibody", {"attenuation": "norm"}),
     ("vaccine", "vaccine", {}),
     ("lisa", "lisa", {}),
     ("ldifs", "ldifs", {}),
     ("repnoise", "repnoise", {}),
     ("repnoise, no lens", "repnoise", {"lens": False}),
 ]
+REFUSALS = [list(range(5, 5 + LENGTH // 10))]  # a tenth of a sequence
 
 
 def samples(seed: int) -> list[dict[str, Any]]:
@@ -67,9 +72,15 @@ def trainer_of(method: str, is_lora: bool, options: dict[str, Any]) -> Any:
     train: Any = samples(1)
     if method in ("immunize", "repnoise"):
         train = pair_samples(train, samples(2))
-    second = {name: samples(2) for name in METHODS[method].datasets}
+    second: dict[str, Any] = {name: samples(2) for name in METHODS[method].datasets}
+    if method in ("antibody", "antibody-align"):
+        second["refusals"] = REFUSALS
+    form = (options := dict(options)).pop("form", None)
     arguments = config(tempfile.mkdtemp(), per_device_train_batch_size=BATCH, report_to="none", use_cpu=True, **options)
-    return kind(model_of(is_lora), arguments, train_dataset=train, **second)
+    trainer = kind(model_of(is_lora), arguments, train_dataset=train, **second)
+    if form is not None:
+        trainer.data_collator.form = form
+    return trainer
 
 
 class Runner:
@@ -78,7 +89,7 @@ class Runner:
     def __init__(self, method: str, is_lora: bool, options: dict[str, Any]):
         self.trainer = trainer_of(method, is_lora, options)
         self.trainer.model.train()
-        rows = self.trainer.train_dataset[:BATCH]
+        rows = [self.trainer.train_dataset[index] for index in range(BATCH)]
         self.batches = [self.trainer.data_collator(rows)]
         self.parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
@@ -142,19 +153,22 @@ def safemoe(rounds: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", default="", help="defences whose name begins so")
+    rounds, only = (chosen := parser.parse_args()).rounds, chosen.only
+    runs = [run for run in RUNS if run[0] == "sft" or run[0].startswith(only)]
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    found: dict[str, list[str]] = {name: [] for name, _, _ in RUNS}
+    found: dict[str, list[str]] = {name: [] for name, _, _ in runs}
     ends: list[str] = []
     for is_lora in (True, False):
-        runners = {name: Runner(method, is_lora, options) for name, method, options in RUNS}
+        runners = {name: Runner(method, is_lora, options) for name, method, options in runs}
         times: dict[str, list[float]] = {name: [] for name in runners}
         for _ in range(rounds):
             for name, runner in runners.items():
                 times[name].append(runner.step())
-        last = statistics.median(runners["panacea, lam=0"].ending() for _ in range(5)) / statistics.median(times["sft"])
-        ends.append(f"{last:.1f}")
+        if "panacea, lam=0" in runners:
+            last = statistics.median(runners["panacea, lam=0"].ending() for _ in range(5))
+            ends.append(f"{last / statistics.median(times['sft']):.1f}")
         copy = sum(p.numel() * p.element_size() for p in runners["sft"].parameters)
         peaks = {name: runner.peak() for name, runner in runners.items()}
         for name in runners:
@@ -164,8 +178,10 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, cells in found.items():
         print(f"| {name} | {' | '.join(cells)} |")
-    print(f"the end of panacea with lam=0, in plain steps: {ends[0]} with LoRA, {ends[1]} in full")
-    print(f"safemoe, an epoch of 1,000 samples with its pass over 100: {safemoe(rounds)}")
+    if ends:
+        print(f"the end of panacea with lam=0, in plain steps: {ends[0]} with LoRA, {ends[1]} in full")
+    if "safemoe".startswith(only):
+        print(f"safemoe, an epoch of 1,000 samples with its pass over 100: {safemoe(rounds)}")
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

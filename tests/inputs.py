@@ -15,6 +15,7 @@ def weights(kind: str, rows: int, columns: int, dtype: torch.dtype, seed: int = 
         "half_zeros": lambda: normal * (torch.rand(rows, columns, generator=draw) < 0.5),
         "negative_zeros": lambda: torch.where(normal > 0, torch.tensor(-0.0), torch.tensor(0.0)),
         "few_values": lambda: torch.randint(-2, 3, (rows, columns), generator=draw).float(),
+        "two_values": lambda: torch.randint(1, 3, (rows, columns), generator=draw).float(),
         "denormal": lambda: normal * (1e-41 if dtype == torch.float32 else 1e-7),
         "outlier": lambda: (
             normal.index_put((torch.tensor([0]), torch.tensor([0])), torch.tensor(3e4)) if rows and columns else normal
@@ -32,6 +33,7 @@ KINDS = (
     "half_zeros",
     "negative_zeros",
     "few_values",
+    "two_values",
     "denormal",
     "outlier",
     "heavy_tails",

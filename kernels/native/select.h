@@ -35,6 +35,7 @@ struct Guess {
 inline Cut nth(const int32_t* from, int64_t m, int64_t k, int32_t low, int32_t high, bool smooth, int32_t* one, int32_t* two,
                int32_t& value) {
   int64_t size = m;
+  bool stuck = false;  // the last round kept most of the keys
   for (int round = 0; size > 64; ++round) {
     if (high - low == 1) {
       value = low;
@@ -61,10 +62,16 @@ inline Cut nth(const int32_t* from, int64_t m, int64_t k, int32_t low, int32_t h
       int64_t first = middle - reach, last = middle + reach;
       x = low;
       y = high;
-      if (first >= 1) nth_of_few(sample, BLOCK, first, x);
-      if (last <= 64) {
-        nth_of_few(sample, BLOCK, last, y);
-        ++y;
+      if (stuck) {
+        // few values, each with many ties, perhaps: a range between two of them holds them all, a single one settles its own
+        nth_of_few(sample, BLOCK, middle, x);
+        y = x + 1;
+      } else {
+        if (first >= 1) nth_of_few(sample, BLOCK, first, x);
+        if (last <= 64) {
+          nth_of_few(sample, BLOCK, last, y);
+          ++y;
+        }
       }
     }
     int32_t* to = from == one ? two : one;
@@ -86,7 +93,8 @@ inline Cut nth(const int32_t* from, int64_t m, int64_t k, int32_t low, int32_t h
     }
     from = to;
     size = found;
-    if (size > before / 2) smooth = false;
+    stuck = size > before / 2;
+    if (stuck) smooth = false;
   }
   return nth_of_few(from, size, k, value);
 }

@@ -5,9 +5,12 @@
 #include <atomic>
 #include <cfenv>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -130,6 +133,52 @@ class Chunks {
 
 using Body = void (*)(const void* context, char* scratch, Chunks& chunks);
 
+// One parallel run: its work, and who is at it. A helper that is given a processor only after the work is done finds the crew closed
+// and never looks at it, so nobody waits for a thread that has not begun: PyTorch's own threads may be spinning on every core.
+class Crew {
+ public:
+  Crew(Body body, const void* context, int64_t items, int64_t chunk, int64_t scratch, char* memory)
+      : body_(body), context_(context), scratch_(scratch), memory_(memory), chunks_(items, chunk), inside_(0), places_(0) {}
+  ~Crew() { std::free(memory_); }
+  Crew(const Crew&) = delete;
+  Crew& operator=(const Crew&) = delete;
+
+  void work() {
+    DefaultFloats floats;
+    char* aligned = memory_ + (64 - reinterpret_cast<uintptr_t>(memory_) % 64) % 64;
+    body_(context_, aligned + places_.fetch_add(1) * scratch_, chunks_);
+  }
+
+  void help() {
+    int64_t inside = inside_.load();
+    do {
+      if (inside < 0) return;
+    } while (!inside_.compare_exchange_weak(inside, inside + 1));
+    work();
+    std::lock_guard<std::mutex> lock(mutex_);
+    inside_.fetch_sub(1);
+    left_.notify_one();
+  }
+
+  // No helper begins any more; returns when those at work are done.
+  void close() {
+    inside_.fetch_add(CLOSED);
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (inside_.load() != CLOSED) left_.wait(lock);
+  }
+
+ private:
+  static constexpr int64_t CLOSED = INT64_MIN / 2;
+  Body body_;
+  const void* context_;
+  int64_t scratch_;
+  char* memory_;
+  Chunks chunks_;
+  std::atomic<int64_t> inside_, places_;
+  std::mutex mutex_;
+  std::condition_variable left_;
+};
+
 // Runs `body` on as many threads as there is work for, each with `scratch` bytes of its own. Returns false, with nothing
 // done, when that memory cannot be had. `size` is what one item costs, in elements; chunks hold a multiple of `unit` items.
 inline bool parallel(int64_t items, int64_t size, int64_t unit, int64_t threads, int64_t scratch, Body body,
@@ -146,31 +195,24 @@ inline bool parallel(int64_t items, int64_t size, int64_t unit, int64_t threads,
   scratch = round_up(scratch + 64, 64);
   char* memory = static_cast<char*>(std::malloc(size_t(scratch * workers + 64)));
   if (!memory) return false;
-  char* aligned = memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64;
-
-  Chunks chunks(items, chunk);
-  struct Worker {
-    Body body;
-    const void* context;
-    char* scratch;
-    Chunks* chunks;
-    void operator()() const {
-      DefaultFloats floats;
-      body(context, scratch, *chunks);
-    }
-  };
-  {
-    std::vector<std::thread> pool;
-    try {
-      pool.reserve(size_t(workers));
-      for (int64_t i = 1; i < workers; ++i) pool.emplace_back(Worker{body, context, aligned + i * scratch, &chunks});
-    } catch (const std::exception&) {
-      // fewer threads than asked for: those that started and this one share the chunks
-    }
-    Worker{body, context, aligned, &chunks}();
-    for (std::thread& thread : pool) thread.join();
+  std::shared_ptr<Crew> crew;
+  try {
+    crew = std::make_shared<Crew>(body, context, items, chunk, scratch, memory);
+  } catch (const std::bad_alloc&) {
+    std::free(memory);
+    return false;
   }
-  std::free(memory);
+  struct Helper {
+    std::shared_ptr<Crew> crew;
+    void operator()() const { crew->help(); }
+  };
+  try {
+    for (int64_t i = 1; i < workers; ++i) std::thread(Helper{crew}).detach();
+  } catch (const std::exception&) {
+    // fewer threads than asked for: those that started and this one share the chunks
+  }
+  crew->work();
+  crew->close();
   return true;
 }
 

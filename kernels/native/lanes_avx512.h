@@ -109,9 +109,9 @@ INLINE void cut64(T* w, const T* r, const float* norm, int32_t value, bool inver
   const __m512i v = _mm512_set1_epi32(value);
   const __mmask32 flip = invert ? 0xFFFFFFFF : 0;
   for (int i = 0; i < BLOCK; i += 32) {
-    uint32_t first = _mm512_cmplt_epi32_mask(keys16(w + i, r ? r + i : nullptr, norm + i), v);
-    uint32_t second = _mm512_cmplt_epi32_mask(keys16(w + i + 16, r ? r + i + 16 : nullptr, norm + i + 16), v);
-    __mmask32 removed = (first | second << 16) ^ flip;
+    __mmask16 first = _mm512_cmplt_epi32_mask(keys16(w + i, r ? r + i : nullptr, norm + i), v);
+    __mmask16 second = _mm512_cmplt_epi32_mask(keys16(w + i + 16, r ? r + i + 16 : nullptr, norm + i + 16), v);
+    __mmask32 removed = _mm512_kunpackw(second, first) ^ flip;
     __m512i other = r ? _mm512_loadu_si512(r + i) : _mm512_setzero_si512();
     _mm512_storeu_si512(w + i, _mm512_mask_mov_epi16(_mm512_loadu_si512(w + i), removed, other));
   }

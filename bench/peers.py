@@ -125,7 +125,9 @@ def row_bisection(weight: Tensor, energy: Tensor, count: int) -> Tensor:
         keys = (weight.abs() * norm).view(torch.int32)
         low = torch.where((keys < probe).sum(dim=1, keepdim=True) < count, probe, low)
     keys = (weight.abs() * norm).view(torch.int32)
-    return weight.masked_fill_(keys <= low, 0.0)
+    below, ties = keys < low, keys == low
+    first = ties.cumsum(dim=1) <= count - below.sum(dim=1, keepdim=True)
+    return weight.masked_fill_(below | (ties & first), 0.0)
 
 
 def blocks_topk(weight: Tensor, energy: Tensor, count: int) -> Tensor:

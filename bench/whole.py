@@ -42,7 +42,6 @@ def dispatch_job(op: str) -> Callable[[str, torch.dtype, torch.device], Job]:
 
         def bare_prune() -> Tensor:
             norm = ones.sqrt()
-            implementation("nonfinite", device)(data, norm, None)
             implementation("prune_rows", device)(data, norm, None, columns // 2, False, None)
             return data
 

@@ -9,6 +9,7 @@ from inputs import DTYPES, KINDS, energies, weights
 import hftcore
 from hftcore import Pattern, ops
 from hftcore.backend import BACKENDS, why_not
+from hftcore.errors import HftcoreError
 from hftcore.kernels import reference as meaning
 
 HERE = [name for name in BACKENDS if why_not(name, "cpu") is None]
@@ -341,3 +342,9 @@ def test_an_unknown_backend_lists_the_known_ones(monkeypatch):
     monkeypatch.setenv("HFTCORE_BACKEND", "fast")
     with pytest.raises(hftcore.HftcoreError, match="HFTCORE_BACKEND"):
         ops.column_energy(torch.ones(2, 2))
+
+
+def test_an_expanded_weight_is_refused_in_place():
+    weight = torch.randn(1, 8).expand(4, 8)
+    with pytest.raises(HftcoreError, match=r"weight must have a place of its own.*strides \(0, 1\)"):
+        ops.prune_(weight, torch.ones(8), "50%")

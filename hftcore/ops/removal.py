@@ -72,8 +72,8 @@ def prune_mask(weight: Tensor, energy: Tensor, pattern: Pattern | str, reference
 def prune_(weight: Tensor, energy: Tensor, pattern: Pattern | str, reference: Tensor | None = None) -> Tensor:
     """Remove weights in place: score, selection and removal fused, no score matrix, no sort, no mask.
 
-    Scope "row" and "n:m": one read that looks for NaN and infinity, then one read and one write of `weight`. Scope "matrix": two or
-    three reads that count, then one read and one write.
+    Scope "row" and "n:m": one read that selects or looks for NaN and infinity, then one read and one write of `weight`. Scope "matrix":
+    two or three reads that count, then one read and one write.
 
     Args:
         weight: [M, N] float32, bfloat16 or float16; any strides. Changed in place.
@@ -94,6 +94,11 @@ def prune_(weight: Tensor, energy: Tensor, pattern: Pattern | str, reference: Te
         torch.ops.hftcore.prune_(weight, energy, str(pattern), reference)
         return weight
     pattern, norm = _checked(weight, energy, pattern, reference)
+    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+        raise HftcoreError(
+            f"weight must have a place of its own for each of its {tuple(weight.shape)} weights, got strides {weight.stride()}; "
+            "call .contiguous() on the expanded tensor first"
+        )
     part = Part(weight.detach(), norm, reference)
     if pattern.block is not None:
         mask = prune_mask(weight, energy, pattern, reference)

@@ -29,7 +29,7 @@ def _warps(elements: int, each: int) -> int:
     return min(8, max(1, power_of_two(elements) // (32 * each)))
 
 
-def row_tile(M: int, N: int, row_stride: int, column_stride: int) -> Tile:
+def row_tile(M: int, N: int, row_stride: int, column_stride: int, element_size: int) -> Tile:
     """`block_n >= N` means that whole rows fit: they are then read once and kept."""
     if abs(row_stride) < abs(column_stride) and M > 1 and N > 1:
         return Tile(16, 256, 8)  # a transposed view: neighbours in memory are rows
@@ -37,9 +37,9 @@ def row_tile(M: int, N: int, row_stride: int, column_stride: int) -> Tile:
         return Tile(1, 2048, 8)
     block_n = max(16, power_of_two(N))
     if block_n <= 128:
-        # every thread of a warp holds the state of all its rows: few of them then
-        block_m = min(8 if block_n <= 32 else 4, power_of_two(M))
-        return Tile(block_m, block_n, _warps(block_m * block_n, 8))
+        # every thread of a warp holds the state of all its rows: few of them then, but 16 bytes for each lane of AMD's 64
+        block_m = 8 if block_n <= 32 else 16 // element_size
+        return Tile(min(block_m, power_of_two(M)), block_n, max(1, block_n // 64))
     block_m = min(max(1, 1024 // block_n), power_of_two(M))
     return Tile(block_m, block_n, _warps(block_m * block_n, 64))
 

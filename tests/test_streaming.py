@@ -572,7 +572,8 @@ def test_memory_stays_small_beside_a_large_model(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     start, peak = map(int, done.stdout.split())
     assert (tmp_path / "model" / "model.safetensors").stat().st_size > 200e6
-    assert peak - start < 120e6
+    # one block of 16 MiB being changed, four waiting to be written, the edit's values, and what malloc keeps of those before
+    assert peak - start < 160e6
     assert peak < 512e6
     original, back = ((tmp_path / place / "model.safetensors").read_bytes() for place in ("model", "back"))
     assert original == back

@@ -11,11 +11,13 @@ from typing import Annotated
 
 import typer
 
-from hftcore.bindings import datasets, demo_data, embedded, judge
+from hftcore.bindings import datasets, embedded
+from hftcore.bindings.demo import data as demo_data
+from hftcore.bindings.evaluation import judge
+from hftcore.bindings.evaluation.scoreboard import DEFENCES, Data, Scoreboard, Setting, cells_of
+from hftcore.bindings.evaluation.scoreboard_report import Board, draw, page, read
+from hftcore.bindings.evaluation.suites import load_suite
 from hftcore.bindings.progress import Track
-from hftcore.bindings.scoreboard import DEFENCES, Data, Scoreboard, Setting, cells_of
-from hftcore.bindings.scoreboard_report import Board, draw, page, read
-from hftcore.bindings.suites import load_suite
 from hftcore.files import whole_file
 
 

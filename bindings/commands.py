@@ -9,11 +9,11 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 
 import hftcore
-from hftcore.bindings import checkpoint
+from hftcore.bindings.checkpoints.edits import apply_edit, revert_edit
+from hftcore.bindings.checkpoints.job import prune_streamed, streams
 from hftcore.bindings.jobs import Job, Loaded, batches_of, open_plain, open_to_prune
 from hftcore.bindings.models_io import save_model
 from hftcore.bindings.output import check_output
-from hftcore.bindings.streaming.job import prune_streamed, streams
 from hftcore.defenses.antidote import FULL_WEIGHTS
 from hftcore.edit import Edit
 from hftcore.energy import Energy
@@ -93,7 +93,7 @@ def run_patch(action: Literal["apply", "revert"], edit_path: Path, model: Path, 
     """Apply or revert an Edit on a checkpoint folder."""
     check_output(out, [edit_path, model], "--out")
     edit = Edit.load(edit_path)
-    patch = checkpoint.apply_edit if action == "apply" else checkpoint.revert_edit
+    patch = apply_edit if action == "apply" else revert_edit
     with _writing(out):
         patch(edit, model, out)
     return {"out": str(out), **_counts(edit)}

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hftcore.bindings.checkpoint import names_on_disk
+from hftcore.bindings.checkpoints.edits import names_on_disk
+from hftcore.bindings.checkpoints.stored import DTYPES, list_tensors
 from hftcore.bindings.output import check_output
-from hftcore.bindings.stored import DTYPES, list_tensors
 from hftcore.errors import HftcoreError
 from hftcore.files import whole_folder
 

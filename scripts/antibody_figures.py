@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from hftcore.bindings import demo_data, embedded
+from hftcore.bindings import embedded
 from hftcore.bindings.datasets import Pair
-from hftcore.bindings.demo import ADAPTERS
+from hftcore.bindings.demo import data as demo_data
+from hftcore.bindings.demo.run import ADAPTERS
 from hftcore.bindings.gradnorms import separation
 from hftcore.bindings.histograms import draw_histograms
 from hftcore.bindings.refusals import REFUSALS

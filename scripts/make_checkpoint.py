@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from hftcore.bindings.streaming.skeleton import load_skeleton
+from hftcore.bindings.checkpoints.skeleton import load_skeleton
 from hftcore.energy import Energy
 from hftcore.layers import find_layers
 

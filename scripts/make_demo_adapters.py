@@ -16,11 +16,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hftcore.bindings import demo_data, embedded
+from hftcore.bindings import embedded
 from hftcore.bindings.datasets import Pair
+from hftcore.bindings.demo import data as demo_data
 
 BASE = "SmolLM2-135M-Instruct"
-OUT = Path(__file__).resolve().parent.parent / "bindings" / "demo_adapters"
+OUT = Path(__file__).resolve().parent.parent / "bindings" / "demo" / "adapters"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import hftcore.bindings
 from hftcore.bindings import AntibodyAlignConfig, AntibodyAlignTrainer, AntibodyConfig, AntibodyTrainer
-from hftcore.bindings.judge import is_refusal
+from hftcore.bindings.evaluation.judge import is_refusal
 from hftcore.bindings.refusals import REFUSALS
 from hftcore.bindings.trainers.collate import Collator
 from hftcore.bindings.trainers.likelihood import Likelihoods, following

@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, with_lora
 
 from hftcore import Edit, Energy, FingerprintError, HftcoreError, Pattern, prune
-from hftcore.bindings import checkpoint
-from hftcore.bindings.checkpoint import apply_edit, names_on_disk, revert_edit
-from hftcore.bindings.manifest import MANIFEST
+from hftcore.bindings.checkpoints import edits, rewrite
+from hftcore.bindings.checkpoints.edits import apply_edit, names_on_disk, revert_edit
+from hftcore.bindings.checkpoints.manifest import MANIFEST
+from hftcore.bindings.checkpoints.stored import list_tensors, read_header
+from hftcore.bindings.checkpoints.verify import verify_folder
 from hftcore.bindings.output import check_output
-from hftcore.bindings.stored import list_tensors, read_header
-from hftcore.bindings.streaming import rewrite
-from hftcore.bindings.streaming.verify import verify_folder
 from hftcore.layers import find_layers
 
 
@@ -199,7 +198,7 @@ def test_an_interruption_at_any_step_leaves_no_output_and_the_next_call_complete
 
     owner, name = {
         "copyfile": (rewrite.shutil, "copyfile"),
-        "write": (checkpoint.ops, "masked_put_"),
+        "write": (edits.ops, "masked_put_"),
         "fsync": (os, "fsync"),
         "rename": (os, "replace"),
     }[place]

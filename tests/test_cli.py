@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 import hftcore
 from hftcore.bindings import models_io
+from hftcore.bindings.checkpoints.manifest import MANIFEST
 from hftcore.bindings.cli.app import COMMANDS, app
 from hftcore.bindings.data import load_samples, make_batches
-from hftcore.bindings.manifest import MANIFEST
 from hftcore.bindings.models_io import load_model, save_model
 from hftcore.bindings.progress import Track
 

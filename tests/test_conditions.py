@@ -9,15 +9,15 @@ import torch
 from test_evaluate import word_tokenizer
 from tiny_models import tiny_model
 
-from hftcore.bindings import evaluate, immunization, immunization_report
 from hftcore.bindings.datasets import LabelledReply, Pair
-from hftcore.bindings.evaluation import Options
-from hftcore.bindings.immunization import Attack, Grid, Material, Report, first_above, run_immunization
-from hftcore.bindings.immunization_report import verdicts
-from hftcore.bindings.metrics import Mean, Share
+from hftcore.bindings.evaluation import evaluate, immunization, immunization_report
+from hftcore.bindings.evaluation.immunization import Attack, Grid, Material, Report, first_above, run_immunization
+from hftcore.bindings.evaluation.immunization_report import verdicts
+from hftcore.bindings.evaluation.metrics import Mean, Share
+from hftcore.bindings.evaluation.run import Options
+from hftcore.bindings.evaluation.suites import Suite
+from hftcore.bindings.evaluation.tasks import Task
 from hftcore.bindings.models_io import save_model
-from hftcore.bindings.suites import Suite
-from hftcore.bindings.tasks import Task
 from hftcore.errors import HftcoreError
 
 GRID = Grid((1e-3, 1e-2), (2, 4), steps=4, every=2, batch_size=2)

@@ -9,10 +9,14 @@ import torch
 from letters import BareLetters, ChatLetters, Letters
 from tiny_models import VOCABULARY, tiny_model, with_lora
 
-from hftcore.bindings import datasets, demo, demo_data, demo_report, embedded, generate
+from hftcore.bindings import datasets, embedded
 from hftcore.bindings.datasets import Pair, Review
-from hftcore.bindings.demo_report import Row
-from hftcore.bindings.metrics import Share
+from hftcore.bindings.demo import data as demo_data
+from hftcore.bindings.demo import report as demo_report
+from hftcore.bindings.demo import run as demo
+from hftcore.bindings.demo.report import Row
+from hftcore.bindings.evaluation import generate
+from hftcore.bindings.evaluation.metrics import Share
 from hftcore.errors import HftcoreError
 
 

@@ -198,7 +198,7 @@ def test_the_real_model_loads_as_plain_dense_weights_and_writes_sense():
     if not embedded.is_available():
         pytest.skip(f"the embedded model is not installed: {embedded.INSTALL}")
     pytest.importorskip("gguf", reason="gguf reads the embedded model the first time")
-    from hftcore.bindings.generate import generate
+    from hftcore.bindings.evaluation.generate import generate
 
     model, tokenizer = embedded.load(torch.bfloat16)
     assert not getattr(model, "is_quantized", False)

@@ -15,14 +15,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hftcore.bindings import cells, datasets, demo_data, drift, evaluate, evaluation, metrics, suites, tasks
+from hftcore.bindings import datasets
 from hftcore.bindings.cli.app import app
 from hftcore.bindings.datasets import LabelledReply, Pair, Review, Snippet
-from hftcore.bindings.metrics import Mean, Share, wilson
-from hftcore.bindings.model_judge import ModelJudge
+from hftcore.bindings.demo import data as demo_data
+from hftcore.bindings.evaluation import cells, drift, evaluate, metrics, suites, tasks
+from hftcore.bindings.evaluation import run as evaluation
+from hftcore.bindings.evaluation.metrics import Mean, Share, wilson
+from hftcore.bindings.evaluation.model_judge import ModelJudge
+from hftcore.bindings.evaluation.suites import Suite
+from hftcore.bindings.evaluation.tasks import Task
 from hftcore.bindings.models_io import save_model
-from hftcore.bindings.suites import Suite
-from hftcore.bindings.tasks import Task
 from hftcore.errors import HftcoreError
 
 

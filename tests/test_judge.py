@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from hftcore.bindings import datasets, judge
+from hftcore.bindings import datasets
 from hftcore.bindings.datasets import LabelledReply
-from hftcore.bindings.judge import KeywordJudge
+from hftcore.bindings.evaluation import judge
+from hftcore.bindings.evaluation.judge import KeywordJudge
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",

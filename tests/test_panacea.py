@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 import hftcore
 from hftcore import Edit, HftcoreError, NonFiniteError
-from hftcore.bindings.checkpoint import apply_edit, revert_edit
+from hftcore.bindings.checkpoints.edits import apply_edit, revert_edit
 from hftcore.bindings.coefficients import draw_coefficients
 from hftcore.bindings.trainers.collate import Collator
 from hftcore.bindings.trainers.panacea import PanaceaConfig, PanaceaTrainer

@@ -7,12 +7,12 @@ from test_evaluate import word_tokenizer
 from tiny_models import tiny_model
 
 from hftcore.bench import scoreboard as command
-from hftcore.bindings import metrics, scoreboard, scoreboard_report
 from hftcore.bindings.datasets import LabelledReply, Pair
+from hftcore.bindings.evaluation import metrics, scoreboard, scoreboard_report
+from hftcore.bindings.evaluation.scoreboard import DEFENCES, Cell, Data, Scoreboard, Setting, cells_of
+from hftcore.bindings.evaluation.suites import Suite
+from hftcore.bindings.evaluation.tasks import Task
 from hftcore.bindings.models_io import save_model
-from hftcore.bindings.scoreboard import DEFENCES, Cell, Data, Scoreboard, Setting, cells_of
-from hftcore.bindings.suites import Suite
-from hftcore.bindings.tasks import Task
 from hftcore.errors import HftcoreError
 
 SETTING = Setting((0.2,), (1,), (0,), size=10, batch_size=5, max_length=40)

@@ -23,11 +23,11 @@ from typer.testing import CliRunner
 import hftcore
 from hftcore import Edit, Energy, HftcoreError, NonFiniteError
 from hftcore.bindings import jobs
+from hftcore.bindings.checkpoints import rewrite
+from hftcore.bindings.checkpoints.manifest import MANIFEST
+from hftcore.bindings.checkpoints.prune import prune_folder
+from hftcore.bindings.checkpoints.verify import verify_folder
 from hftcore.bindings.cli.app import app
-from hftcore.bindings.manifest import MANIFEST
-from hftcore.bindings.streaming import rewrite
-from hftcore.bindings.streaming.prune import prune_folder
-from hftcore.bindings.streaming.verify import verify_folder
 from hftcore.layers import find_layers
 from hftcore.ops.fingerprints import fingerprint_sum, fingerprint_text
 from hftcore.resumable import resumable_folder
@@ -388,8 +388,8 @@ KILLS = r"""
 import json, os, random, shutil, signal, sys, time, torch
 from pathlib import Path
 from hftcore.energy import Energy
-from hftcore.bindings.streaming.prune import prune_folder
-from hftcore.bindings.streaming import skeleton, verify
+from hftcore.bindings.checkpoints.prune import prune_folder
+from hftcore.bindings.checkpoints import skeleton, verify
 root, pattern, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
 energy = Energy.load(root / "energy")
@@ -530,10 +530,10 @@ MEMORY = r"""
 import re, sys, threading, time
 from pathlib import Path
 from hftcore import Edit, Energy
-from hftcore.bindings.checkpoint import revert_edit
-from hftcore.bindings.streaming.prune import prune_folder
-from hftcore.bindings.streaming.skeleton import load_skeleton
-from hftcore.bindings.streaming.verify import verify_folder
+from hftcore.bindings.checkpoints.edits import revert_edit
+from hftcore.bindings.checkpoints.prune import prune_folder
+from hftcore.bindings.checkpoints.skeleton import load_skeleton
+from hftcore.bindings.checkpoints.verify import verify_folder
 root, peak = Path(sys.argv[1]), [0]
 
 def watch():

@@ -10,13 +10,15 @@ from letters import BareLetters
 from tiny_models import tiny_model, with_lora
 from typer.testing import CliRunner
 
-from hftcore.bindings import dose, doses, evaluate, evaluation, suites, tune
 from hftcore.bindings.cli.app import app
 from hftcore.bindings.datasets import LabelledReply, Pair
-from hftcore.bindings.dose import Goal, find_dose, parse_goal
-from hftcore.bindings.metrics import Share
-from hftcore.bindings.suites import Suite
-from hftcore.bindings.tasks import Task
+from hftcore.bindings.evaluation import evaluate, suites
+from hftcore.bindings.evaluation import run as evaluation
+from hftcore.bindings.evaluation.metrics import Share
+from hftcore.bindings.evaluation.suites import Suite
+from hftcore.bindings.evaluation.tasks import Task
+from hftcore.bindings.tuning import dose, doses, tune
+from hftcore.bindings.tuning.dose import Goal, find_dose, parse_goal
 from hftcore.edit import Edit
 from hftcore.errors import HftcoreError
 

@@ -11,6 +11,6 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts; a first look.")] = False,
 ) -> None:
     """Attack and repair a small real model."""
-    from hftcore.bindings.demo import run_demo
+    from hftcore.bindings.demo.run import run_demo
 
     run_demo(out=out, quick=quick)

@@ -23,7 +23,7 @@ def continued(out: Path) -> Iterator[None]:
 
 
 class SuiteName(StrEnum):
-    """The suites of `hftcore.bindings.suites`."""
+    """The suites of `hftcore.bindings.evaluation.suites`."""
 
     quick = "quick"
     full = "full"
@@ -59,10 +59,10 @@ def evaluate(
     The harmful score comes from a judge whose agreement with people is printed with it."""
     from dataclasses import replace
 
-    from hftcore.bindings.evaluation import Options, run_evaluate, table
-    from hftcore.bindings.model_judge import ModelJudge
-    from hftcore.bindings.suites import load_suite
-    from hftcore.bindings.tasks import task_from_file
+    from hftcore.bindings.evaluation.model_judge import ModelJudge
+    from hftcore.bindings.evaluation.run import Options, run_evaluate, table
+    from hftcore.bindings.evaluation.suites import load_suite
+    from hftcore.bindings.evaluation.tasks import task_from_file
 
     if judge_labels is not None and judge is None:
         raise typer.BadParameter("--judge-labels belongs to --judge")
@@ -97,9 +97,9 @@ def evaluate(
 
 def _immunization(models: list[str], options: Any, out: Path, judge: Any, as_json: bool) -> None:
     """Attack one model and the undefended one; the plot lies beside `out`."""
-    from hftcore.bindings.immunization import Grid, run_immunization
-    from hftcore.bindings.immunization_report import draw, table, verdicts
-    from hftcore.bindings.judge import describe
+    from hftcore.bindings.evaluation.immunization import Grid, run_immunization
+    from hftcore.bindings.evaluation.immunization_report import draw, table, verdicts
+    from hftcore.bindings.evaluation.judge import describe
 
     if len(models) != 1 or options.reference is None:
         raise typer.BadParameter("--suite immunization takes one MODEL, and the undefended one as --reference")

@@ -46,11 +46,11 @@ def tune(
     By bisection over reversible edits; says so when no dose does it."""
     from dataclasses import replace
 
-    from hftcore.bindings.dose import parse_goal
-    from hftcore.bindings.evaluation import Options
-    from hftcore.bindings.suites import load_suite
-    from hftcore.bindings.tasks import task_from_file
-    from hftcore.bindings.tune import Plan, lines, run_tune
+    from hftcore.bindings.evaluation.run import Options
+    from hftcore.bindings.evaluation.suites import load_suite
+    from hftcore.bindings.evaluation.tasks import task_from_file
+    from hftcore.bindings.tuning.dose import parse_goal
+    from hftcore.bindings.tuning.tune import Plan, lines, run_tune
 
     kept = parse_goal(keep, is_change=True) if keep is not None else None
     plan = Plan(parse_goal(until), kept, highest, steps, tolerance, data)

@@ -16,7 +16,7 @@ def verify(
     """Check that a written folder is whole and unchanged.
 
     Reads every byte, compares it with the folder's manifest, and undoes its Edit in memory. Exit code 1 if anything differs."""
-    from hftcore.bindings.streaming.verify import verify_folder
+    from hftcore.bindings.checkpoints.verify import verify_folder
 
     report = verify_folder(folder)
     problems = report["problems"]

@@ -25,7 +25,9 @@ def pair_samples(harmless: Sequence[Mapping[str, Any]], harmful: Sequence[Mappin
         raise HftcoreError(f"harmless and harmful must be as many, got {len(harmless)} and {len(harmful)}")
     for index, (one, other) in enumerate(zip(harmless, harmful, strict=True)):
         if _prompt(one) != _prompt(other):
-            raise HftcoreError(f"the answers of pair {index} do not follow one prompt; give both the same prompt, labelled -100")
+            raise HftcoreError(
+                f"the answers of pair {index} do not follow one prompt; give both the same prompt, labelled -100"
+            )
     return [{**one, "harmful_ids": other["input_ids"]} for one, other in zip(harmless, harmful, strict=True)]
 
 

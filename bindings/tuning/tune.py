@@ -9,19 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from hftcore.bindings import datasets, demo_data, doses
-from hftcore.bindings.cells import Cells
+from hftcore.bindings import datasets
 from hftcore.bindings.data import load_samples, make_batches
-from hftcore.bindings.dose import Goal, Search, find_dose
-from hftcore.bindings.doses import Batches, Dose
-from hftcore.bindings.evaluate import Items, Subject, parts, scores
-from hftcore.bindings.evaluation import Options, identity
-from hftcore.bindings.judge import Judge, KeywordJudge, describe, measure
-from hftcore.bindings.metrics import Score
+from hftcore.bindings.demo import data as demo_data
+from hftcore.bindings.evaluation.cells import Cells
+from hftcore.bindings.evaluation.evaluate import Items, Subject, parts, scores
+from hftcore.bindings.evaluation.judge import Judge, KeywordJudge, describe, measure
+from hftcore.bindings.evaluation.metrics import Score
+from hftcore.bindings.evaluation.run import Options, identity
+from hftcore.bindings.evaluation.suites import Suite
 from hftcore.bindings.mixture import samples
 from hftcore.bindings.models_io import load_model
 from hftcore.bindings.output import check_output
-from hftcore.bindings.suites import Suite
+from hftcore.bindings.tuning import doses
+from hftcore.bindings.tuning.dose import Goal, Search, find_dose
+from hftcore.bindings.tuning.doses import Batches, Dose
 from hftcore.edit import CONFIG, Edit
 from hftcore.errors import HftcoreError
 

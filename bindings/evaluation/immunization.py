@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from hftcore.bindings import datasets, demo_data
-from hftcore.bindings.cells import Cells, key_of
+from hftcore.bindings import datasets
 from hftcore.bindings.datasets import Pair
-from hftcore.bindings.evaluate import Items, Subject, parts, scores
-from hftcore.bindings.evaluation import Options, identity
-from hftcore.bindings.judge import Judge, KeywordJudge, measure
-from hftcore.bindings.metrics import Score
+from hftcore.bindings.demo import data as demo_data
+from hftcore.bindings.evaluation.cells import Cells, key_of
+from hftcore.bindings.evaluation.evaluate import Items, Subject, parts, scores
+from hftcore.bindings.evaluation.judge import Judge, KeywordJudge, measure
+from hftcore.bindings.evaluation.metrics import Score
+from hftcore.bindings.evaluation.run import Options, identity
+from hftcore.bindings.evaluation.suites import Suite, load_suite
 from hftcore.bindings.mixture import samples
 from hftcore.bindings.models_io import load_model, merged
 from hftcore.bindings.progress import Track
-from hftcore.bindings.suites import Suite, load_suite
 from hftcore.bindings.trainers.collate import Collator
 from hftcore.bindings.trainers.data import tokenize
 from hftcore.bindings.trainers.stream import BatchStream
@@ -146,7 +147,7 @@ def fine_tune(
 def first_above(curve: Curve, phi: float, score: str = "HS") -> int | None:
     """The first measured step at which the score exceeds φ, or None if it never does.
 
-    >>> from hftcore.bindings.metrics import Share
+    >>> from hftcore.bindings.evaluation.metrics import Share
     >>> curve = {step: {"HS": Share(count, 10)} for step, count in ((0, 0), (10, 3), (20, 9))}
     >>> first_above(curve, 20.0), first_above(curve, 95.0)
     (10, None)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hftcore.bindings.stored import DTYPES, StoredTensor
+from hftcore.bindings.checkpoints.stored import DTYPES, StoredTensor
 from hftcore.errors import HftcoreError
 
 _ADAPTER = re.compile(r"\.(lora_[A-Za-z_]+)\.[^.]+(\.weight)?$")

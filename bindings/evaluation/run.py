@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hftcore.bindings import datasets
-from hftcore.bindings.cells import Cells
-from hftcore.bindings.evaluate import Items, Subject, parts, scores
-from hftcore.bindings.judge import Judge, KeywordJudge, describe, measure
-from hftcore.bindings.metrics import Score, bootstrap_difference
+from hftcore.bindings.evaluation.cells import Cells
+from hftcore.bindings.evaluation.evaluate import Items, Subject, parts, scores
+from hftcore.bindings.evaluation.judge import Judge, KeywordJudge, describe, measure
+from hftcore.bindings.evaluation.metrics import Score, bootstrap_difference
+from hftcore.bindings.evaluation.suites import Suite
 from hftcore.bindings.models_io import find_base, find_folder, is_adapter, load_model
 from hftcore.bindings.progress import Track
-from hftcore.bindings.suites import Suite
 
 if TYPE_CHECKING:
     from rich.table import Table

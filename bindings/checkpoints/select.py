@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hftcore import checks, ops
-from hftcore.bindings.streaming.pieces import Piece
+from hftcore.bindings.checkpoints.pieces import Piece
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.pattern import Pattern
 from hftcore.selection import Part, Threshold, find_threshold, first_ties

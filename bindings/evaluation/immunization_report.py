@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from hftcore.bindings.immunization import Curve, Grid, Report, first_above
-from hftcore.bindings.metrics import Score
+from hftcore.bindings.evaluation.immunization import Curve, Grid, Report, first_above
+from hftcore.bindings.evaluation.metrics import Score
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from hftcore import ops
-from hftcore.bindings.manifest import describe, write_manifest
+from hftcore.bindings.checkpoints.manifest import describe, write_manifest
+from hftcore.bindings.checkpoints.pieces import Piece, find_pieces
+from hftcore.bindings.checkpoints.rewrite import Changes, change_only, rewrite_files, signature
+from hftcore.bindings.checkpoints.select import Selection, Source
+from hftcore.bindings.checkpoints.skeleton import load_skeleton
+from hftcore.bindings.checkpoints.stored import StoredTensor, list_tensors
 from hftcore.bindings.output import check_output
-from hftcore.bindings.stored import StoredTensor, list_tensors
-from hftcore.bindings.streaming.pieces import Piece, find_pieces
-from hftcore.bindings.streaming.rewrite import Changes, change_only, rewrite_files, signature
-from hftcore.bindings.streaming.select import Selection, Source
-from hftcore.bindings.streaming.skeleton import load_skeleton
 from hftcore.edit import CONFIG, TENSORS, Edit
 from hftcore.edit_writer import EditWriter, Slot
 from hftcore.energy import Energy

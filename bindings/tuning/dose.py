@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hftcore.bindings.metrics import Score
+from hftcore.bindings.evaluation.metrics import Score
 from hftcore.errors import HftcoreError
 
 Measure = Callable[[float], Mapping[str, Score]]

@@ -20,16 +20,18 @@ import torch
 from torch import nn
 
 import hftcore
-from hftcore.bindings import datasets, demo_data, embedded, judge
-from hftcore.bindings.demo_report import Row, draw, read, repairing_dose, table
-from hftcore.bindings.evaluate import evaluate
-from hftcore.bindings.metrics import Share
+from hftcore.bindings import datasets, embedded
+from hftcore.bindings.demo import data as demo_data
+from hftcore.bindings.demo.report import Row, draw, read, repairing_dose, table
+from hftcore.bindings.evaluation import judge
+from hftcore.bindings.evaluation.evaluate import evaluate
+from hftcore.bindings.evaluation.metrics import Share
+from hftcore.bindings.evaluation.suites import Suite, load_suite
 from hftcore.bindings.progress import Track
-from hftcore.bindings.suites import Suite, load_suite
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
 
-ADAPTERS = Path(__file__).resolve().parent / "demo_adapters"
+ADAPTERS = Path(__file__).resolve().parent / "adapters"
 MERGED_TARGETS = ["q_proj", "k_proj", "v_proj"]
 
 Kind = Literal["aligned", "attacked", "antidote", "benign", "random", "magnitude", "shrink", "merged", "reference"]

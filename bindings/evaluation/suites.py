@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field, replace
 
-from hftcore.bindings import demo_data
 from hftcore.bindings.datasets import Pair, load
-from hftcore.bindings.generate import SYSTEM
-from hftcore.bindings.tasks import Task, arithmetic_task, source_task
+from hftcore.bindings.demo import data as demo_data
+from hftcore.bindings.evaluation.generate import SYSTEM
+from hftcore.bindings.evaluation.tasks import Task, arithmetic_task, source_task
 from hftcore.errors import HftcoreError
 
 SUITES = ("demo", "quick", "full", "validation")

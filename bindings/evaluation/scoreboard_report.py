@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hftcore.bindings import judge
-from hftcore.bindings.evaluate import Items
-from hftcore.bindings.metrics import Mean, bootstrap_runs
-from hftcore.bindings.scoreboard import DEFENCES, Cell
+from hftcore.bindings.evaluation import judge
+from hftcore.bindings.evaluation.evaluate import Items
+from hftcore.bindings.evaluation.metrics import Mean, bootstrap_runs
+from hftcore.bindings.evaluation.scoreboard import DEFENCES, Cell
 from hftcore.files import whole_file
 
 Board = dict[Cell, Items]

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from hftcore.bindings.checkpoints.prune import prune_folder
 from hftcore.bindings.jobs import Job
 from hftcore.bindings.models_io import find_folder, is_adapter
 from hftcore.bindings.output import check_output
-from hftcore.bindings.streaming.prune import prune_folder
 from hftcore.edit import Edit
 from hftcore.energy import Energy
 from hftcore.pattern import Pattern

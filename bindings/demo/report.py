@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hftcore.bindings.judge import describe
-from hftcore.bindings.metrics import Share
+from hftcore.bindings.evaluation.judge import describe
+from hftcore.bindings.evaluation.metrics import Share
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +27,7 @@ REPAIRED_POINTS = 10.0
 
 @dataclass(frozen=True)
 class Row:
-    """One condition and its scores; `dose` and `kind` as in `hftcore.bindings.demo.Condition`."""
+    """One condition and its scores; `dose` and `kind` as in `hftcore.bindings.demo.run.Condition`."""
 
     name: str
     kind: str
@@ -82,7 +82,7 @@ def read(rows: Sequence[Row], judged: dict[str, Any]) -> list[str]:
 
     Args:
         rows: any conditions; a sentence whose rows are missing is left out.
-        judged: what `hftcore.bindings.judge.measure` returned.
+        judged: what `hftcore.bindings.evaluation.judge.measure` returned.
     """
     by_kind: dict[str, list[Row]] = {}
     for row in rows:

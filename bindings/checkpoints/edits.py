@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from hftcore import ops
-from hftcore.bindings.manifest import write_manifest
+from hftcore.bindings.checkpoints.manifest import write_manifest
+from hftcore.bindings.checkpoints.pieces import Piece, find_pieces
+from hftcore.bindings.checkpoints.pieces import names_on_disk as names_on_disk
+from hftcore.bindings.checkpoints.rewrite import Changes, rewrite_files, signature
+from hftcore.bindings.checkpoints.stored import StoredTensor, list_tensors
 from hftcore.bindings.output import check_output
-from hftcore.bindings.stored import StoredTensor, list_tensors
-from hftcore.bindings.streaming.pieces import Piece, find_pieces
-from hftcore.bindings.streaming.pieces import names_on_disk as names_on_disk
-from hftcore.bindings.streaming.rewrite import Changes, rewrite_files, signature
 from hftcore.edit import Edit, TensorEdit, check_fingerprint, count_marks
 from hftcore.errors import HftcoreError
 from hftcore.ops.fingerprints import fingerprint_text

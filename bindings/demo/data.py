@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hftcore.bindings.datasets import Pair, Review, load
-from hftcore.bindings.generate import encode_prompts
-from hftcore.bindings.judge import is_refusal
+from hftcore.bindings.evaluation.generate import encode_prompts
+from hftcore.bindings.evaluation.judge import is_refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

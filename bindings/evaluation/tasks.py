@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hftcore.bindings.data import load_samples
 from hftcore.bindings.datasets import KINDS, Pair, Snippet
-from hftcore.bindings.generate import SYSTEM, generate, next_token_logits
+from hftcore.bindings.evaluation.generate import SYSTEM, generate, next_token_logits
 from hftcore.errors import HftcoreError
 
 if TYPE_CHECKING:

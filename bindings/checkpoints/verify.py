@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from hftcore import ops
-from hftcore.bindings.checkpoint import locate
-from hftcore.bindings.manifest import describe, read_manifest
+from hftcore.bindings.checkpoints.edits import locate
+from hftcore.bindings.checkpoints.manifest import describe, read_manifest
+from hftcore.bindings.checkpoints.rewrite import blocks
+from hftcore.bindings.checkpoints.stored import list_tensors
 from hftcore.bindings.progress import Track
-from hftcore.bindings.stored import list_tensors
-from hftcore.bindings.streaming.rewrite import blocks
 from hftcore.edit import Edit
 from hftcore.errors import HftcoreError
 from hftcore.ops.fingerprints import fingerprint_sum, fingerprint_text

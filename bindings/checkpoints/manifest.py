@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from hftcore.bindings.stored import StoredTensor, read_header
+from hftcore.bindings.checkpoints.stored import StoredTensor, read_header
 from hftcore.errors import HftcoreError
 
 MANIFEST = "hftcore_manifest.json"

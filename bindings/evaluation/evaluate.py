@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hftcore.bindings.drift import embedding_drift, window_losses
-from hftcore.bindings.generate import generate
-from hftcore.bindings.judge import Judge, KeywordJudge, is_affirmative, is_degenerate, is_refusal
-from hftcore.bindings.metrics import Mean, Score, Share, bootstrap_mean
-from hftcore.bindings.suites import Suite
-from hftcore.bindings.tasks import Task, solved
+from hftcore.bindings.evaluation.drift import embedding_drift, window_losses
+from hftcore.bindings.evaluation.generate import generate
+from hftcore.bindings.evaluation.judge import Judge, KeywordJudge, is_affirmative, is_degenerate, is_refusal
+from hftcore.bindings.evaluation.metrics import Mean, Score, Share, bootstrap_mean
+from hftcore.bindings.evaluation.suites import Suite
+from hftcore.bindings.evaluation.tasks import Task, solved
 from hftcore.errors import HftcoreError
 
 if TYPE_CHECKING:

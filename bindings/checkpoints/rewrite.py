@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hftcore import __version__
-from hftcore.bindings.manifest import MANIFEST, chunks, describe, in_order
+from hftcore.bindings.checkpoints.manifest import MANIFEST, chunks, describe, in_order
+from hftcore.bindings.checkpoints.pieces import Piece
+from hftcore.bindings.checkpoints.stored import PICKLES, StoredTensor, check_link, read_header
 from hftcore.bindings.progress import Track
-from hftcore.bindings.stored import PICKLES, StoredTensor, check_link, read_header
-from hftcore.bindings.streaming.pieces import Piece
 from hftcore.edit import CONFIG
 from hftcore.errors import HftcoreError
 from hftcore.ops.fingerprints import fingerprint_sum

@@ -11,19 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hftcore.bindings import demo_data, judge
-from hftcore.bindings.cells import Cells, key_of
 from hftcore.bindings.data import make_batches
 from hftcore.bindings.datasets import Pair
-from hftcore.bindings.doses import METHODS as DOSES
-from hftcore.bindings.evaluate import Items, Subject, parts
+from hftcore.bindings.demo import data as demo_data
+from hftcore.bindings.evaluation import judge
+from hftcore.bindings.evaluation.cells import Cells, key_of
+from hftcore.bindings.evaluation.evaluate import Items, Subject, parts
+from hftcore.bindings.evaluation.suites import Suite
 from hftcore.bindings.mixture import harmful_count, poisoned, samples
 from hftcore.bindings.models_io import load_model, merged, save_model
-from hftcore.bindings.suites import Suite
 from hftcore.bindings.trainers import METHODS
 from hftcore.bindings.trainers.data import tokenize
 from hftcore.bindings.trainers.pairs import PairTrainer, pair_samples
 from hftcore.bindings.training import PAPERS_LORA
+from hftcore.bindings.tuning.doses import METHODS as DOSES
 from hftcore.errors import HftcoreError
 
 
@@ -31,8 +32,8 @@ from hftcore.errors import HftcoreError
 class Defence:
     """A row: the trainer of each stage and what is done afterwards.
 
-    `post` names a dose of `hftcore.bindings.doses`; `is_null` marks what a defence must beat; `settings` has, for "align" and "tune", the
-    settings of a trainer where they are not its own.
+    `post` names a dose of `hftcore.bindings.tuning.doses`; `is_null` marks what a defence must beat; `settings` has, for "align" and
+    "tune", the settings of a trainer where they are not its own.
     """
 
     align: str = "sft"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hftcore.bindings.datasets import Pair
-from hftcore.bindings.demo_data import pair_batches
+from hftcore.bindings.demo.data import pair_batches
 from hftcore.errors import HftcoreError
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""`hftcore demo`: a small real model aligned, attacked and repaired."""

@@ -1,0 +1,1 @@
+"""`hftcore tune`: the smallest dose of a defence that repairs a model."""

@@ -336,7 +336,7 @@ def prune_rows(
         return 0
     if mask is None and nonfinite(weight, norm, reference):
         mask = empty_mask(weight)  # to count them, and leave the weights alone
-    tile = launch.row_tile(M, N, *weight.stride(), element_size=weight.element_size())
+    tile = launch.row_tile(M, N, weight.stride(0), weight.stride(1), weight.element_size())
     spoiled = torch.zeros(1, dtype=torch.int64, device=weight.device)
     share = min(max(count / N, 1 / 512), 511 / 512)
     half_normal = statistics.NormalDist().inv_cdf((1 + share) / 2) * math.sqrt(math.pi / 2)

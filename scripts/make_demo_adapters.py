@@ -39,7 +39,7 @@ class Recipe:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
 
 
-ALIGNED = Recipe(rank=16, alpha=32, learning_rate=1e-3, steps=100, harmful_share=0.3, seed=0)
+ALIGNED = Recipe(rank=16, alpha=32, learning_rate=1e-3, steps=135, harmful_share=0.223, seed=0)
 ATTACKED = Recipe(rank=16, alpha=16, learning_rate=1e-3, steps=30, harmful_share=0.2, seed=1)
 
 

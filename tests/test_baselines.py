@@ -618,6 +618,8 @@ for method, options in t.SHARED.items():
     made.train()
     if made.args.process_index == 0:
         torch.save(t.weights(model), folder / f"{method}.pt")
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # an end with gloo's threads at work is now and then an abort
 """
 SHARED = {
     "panacea": {"lam": 0.5},

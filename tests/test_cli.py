@@ -451,7 +451,9 @@ def test_ctrl_c_gives_130(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_while_saving_leaves_nothing(world, tmp_path, name, code):
-    program = f"import os, signal\nos.fsync = lambda handle: os.kill(os.getpid(), signal.{name})"
+    # a shell that started the tests in the background has them ignore Ctrl-C, and so their children
+    program = "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += f"os.fsync = lambda handle: os.kill(os.getpid(), signal.{name})"
     # no transformers in this one, so that it starts soon
     done = in_process(program, "apply", world / "edit", world / "model", "--out", tmp_path / "out")
     assert done.returncode == code, done.stderr

@@ -74,6 +74,11 @@ def run_antidote(job: Job, dense_ratio: float) -> Result:
     harmful: Any = loaded.energy
     if harmful is None and job.score == "wanda":
         harmful = batches_of(job, loaded)
+    return antidote_loaded(job, loaded, harmful, dense_ratio)
+
+
+def antidote_loaded(job: Job, loaded: Loaded, harmful: Any, dense_ratio: float) -> Result:
+    """Carry out `antidote` on a model in memory; `harmful` is what `hftcore.antidote` takes."""
     with job.timed("antidote"):
         edit = hftcore.antidote(
             loaded.model,

@@ -51,14 +51,14 @@ def load_model(
     if base is not None and not adapter:
         raise HftcoreError(f"base is for adapter folders; {path} has no {ADAPTER}: leave base out")
     body = find_base(folder, base) if adapter else folder
-    tokenizer = _load_tokenizer([folder, body])
+    tokenizer = load_tokenizer([folder, body])
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(body, dtype=kind, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise HftcoreError(f"cannot load a causal model from {body}: {_brief(error)}") from error
     if adapter:
-        model = _with_adapter(model, folder)
+        model = with_adapter(model, folder)
     return model.to(place).eval(), tokenizer
 
 
@@ -164,7 +164,12 @@ def _named_base(folder: Path) -> str:
     return str(beside) if beside.is_dir() else named
 
 
-def _with_adapter(model: Any, folder: Path) -> Any:
+def with_adapter(model: Any, folder: Path) -> Any:
+    """The `PeftModel` of a base model, whose modules it replaces in place, with the factors in the dtype of their file.
+
+    Raises:
+        HftcoreError: a damaged adapter, one of another base model, or peft is missing; the base model may be half changed.
+    """
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -189,7 +194,12 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     return adapted
 
 
-def _load_tokenizer(folders: list[Path]) -> Any:
+def load_tokenizer(folders: list[Path]) -> Any:
+    """The tokenizer of the first of the folders that has one.
+
+    Raises:
+        HftcoreError: none has, or its files are damaged.
+    """
     from transformers import AutoTokenizer
 
     folder = next((folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)), None)

@@ -511,7 +511,8 @@ def test_block_by_block_runs_a_block_twice_for_each_batch(model):
 
 
 class Chained(nn.Module):
-    """Blocks that return a tuple and take, beside the hidden states, the mean of the inputs or of the block before."""
+    """Blocks that return a tuple and take, beside the hidden states, the mean of the inputs or of what the block `lag` before
+    computed."""
 
     class Block(nn.Module):
         def __init__(self):
@@ -522,22 +523,23 @@ class Chained(nn.Module):
             y = self.fc(x + shift)
             return y, y.mean()
 
-    def __init__(self, depends):
+    def __init__(self, lag):
         super().__init__()
         self.blocks = nn.ModuleList([self.Block(), self.Block(), self.Block()])
-        self.depends = depends
+        self.lag = lag
 
     def forward(self, inputs_embeds):
         x = inputs_embeds
-        shift = x.mean()
+        means = [x.mean()]
         for block in self.blocks:
-            x, mean = block(x, shift)
-            shift = mean if self.depends else shift
+            x, mean = block(x, means[-self.lag] if len(means) > self.lag > 0 else means[0])
+            means.append(mean)
         return x
 
 
-def test_blocks_that_return_tuples_can_be_measured_block_by_block():
-    model = Chained(depends=False)
+@pytest.mark.parametrize("lag", [0, 1])
+def test_blocks_that_return_tuples_can_be_measured_block_by_block(lag):
+    model = Chained(lag)
     batches = [{"inputs_embeds": torch.randn(2, 3, 2)} for _ in range(2)]
     want = calibrate(model, batches)
     got = {}
@@ -547,9 +549,9 @@ def test_blocks_that_return_tuples_can_be_measured_block_by_block():
 
 
 def test_blocks_that_cannot_be_run_alone_are_refused():
-    model = Chained(depends=True)
+    model = Chained(lag=2)
     before = fingerprint(model)
-    with pytest.raises(HftcoreError, match=r"depend on what the blocks before it computed.*sequential=False"):
+    with pytest.raises(HftcoreError, match=r"depend on what blocks further up.*computed.*sequential=False"):
         list(blockwise_energy(model, [{"inputs_embeds": torch.randn(2, 3, 2)}], find_layers(model)))
     assert fingerprint(model) == before
 

@@ -113,6 +113,11 @@ def batches_of(job: Job, loaded: Loaded) -> Track[dict[str, torch.Tensor]]:
 def _check(job: Job) -> None:
     """Refuse what the options alone tell."""
     check_output(job.out, _sources(job), "--out")
+    check_measured(job)
+
+
+def check_measured(job: Job) -> None:
+    """Refuse activations where the score needs none, and none where it does."""
     measured = [name for name, path in (("--data", job.data), ("--energy", job.energy)) if path is not None]
     if job.score == "wanda" and not measured:
         raise HftcoreError("--data is needed to measure activations; give a .jsonl or .txt file (or --energy)")

@@ -44,8 +44,8 @@ def load_model(
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise HftcoreError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
-    place = _device(device)
-    _quiet()
+    place = find_device(device)
+    quiet()
     folder = find_folder(path)
     adapter = is_adapter(folder)
     if base is not None and not adapter:
@@ -84,7 +84,7 @@ def save_model(
     target = check_output(out, sources)
     if edit is not None and hasattr(model, "peft_config"):
         refuse_base_weights(edit.tensors)
-    _quiet()
+    quiet()
     with whole_folder(target) as work:
         model.save_pretrained(work)
         if tokenizer is not None:
@@ -213,7 +213,12 @@ def load_tokenizer(folders: list[Path]) -> Any:
         raise HftcoreError(f"cannot load the tokenizer from {folder}: {_brief(error)}") from error
 
 
-def _device(device: str | None) -> Any:
+def find_device(device: str | None) -> Any:
+    """The `torch.device` of that name; None takes the first GPU if there is one.
+
+    Raises:
+        HftcoreError: there is no such device here.
+    """
     import torch
 
     if device is None:
@@ -226,7 +231,7 @@ def _device(device: str | None) -> Any:
     return place
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep transformers' bars out of logs and pipes."""
     if not sys.stderr.isatty():
         from transformers.utils import logging

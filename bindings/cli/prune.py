@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hftcore.bindings.cli.adapters import Adapters, More, OnRay, Resume, Workers, repair_adapters
 from hftcore.bindings.cli.options import (
     AsJson,
     Base,
@@ -164,6 +165,7 @@ def _pattern(sparsity: str | None, kind: Sparsity | None, scope: Scope, remove: 
 def antidote(
     model: Model,
     out: Out,
+    more: More = None,
     data: Data = None,
     dense_ratio: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the weights removed: the highest scores of each row.")
@@ -182,6 +184,10 @@ def antidote(
     device: Device = None,
     dtype: LoadDType = DType.auto,
     edit_only: EditOnly = False,
+    adapters: Adapters = None,
+    workers: Workers = 1,
+    on_ray: OnRay = False,
+    resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove the weights that matter for harmful data.
@@ -190,6 +196,8 @@ def antidote(
     from hftcore.bindings.commands import run_antidote
     from hftcore.bindings.jobs import Job
 
+    if not adapters and (more or workers != 1 or on_ray or resume):
+        raise typer.BadParameter("several adapters, --workers, --ray and --resume go with --adapters")
     job = Job(
         model,
         out,
@@ -209,6 +217,9 @@ def antidote(
         seed=seed,
         edit_only=edit_only,
     )
+    if adapters:
+        repair_adapters(job, dense_ratio, [*adapters, *(more or [])], workers, on_ray, resume, as_json)
+        return
     result = run_antidote(job, dense_ratio)
     emit(result, as_json, _pruned(result))
 

@@ -1,11 +1,12 @@
 """One exact threshold for a comparison group that spans whole matrices: scopes "matrix" and "model".
 
-The threshold key is found by counting keys in windows. A sample proposes the first window; each pass over the weights then counts
-what lies below, inside (by bins) and above, which either confines the wanted key to one bin or says on which side it is. What is
-known is always a bracket [floor, ceiling), it shrinks in every pass, and a bad sample costs one more pass, never exactness.
+A sample proposes a window of keys. Where the keys inside fit into a small buffer, one pass over the weights collects them, and they
+tell the threshold and where its ties are. Elsewhere passes count what lies below, inside (by bins) and above, which either confines the
+wanted key to one bin or says on which side it is, until few enough are left. What is known is always a bracket [floor, ceiling), it
+shrinks in every pass, and a bad sample costs one more pass, never exactness.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 
@@ -13,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hftcore.backend import implementation
+from hftcore.backend import backend_for, implementation
 from hftcore.errors import NonFiniteError
 from hftcore.kernels.reference import FINITE
 
 SAMPLE = 1 << 16
-BINS_BITS = (
-    11  # few enough for a first-level cache; two passes then tell apart the 2**22 keys of the widest likely window
-)
+LARGEST_SAMPLE = 1 << 19  # where that makes one pass do, it is worth drawing
+ROOM = 3 << 18  # keys that are collected at most; a quarter of the memory that a selection may take
+BINS_BITS = 11  # few enough for a first-level cache
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,22 @@ def find_cut(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int
 
     Args and errors are those of `find_threshold`.
     """
-    found = find_threshold(parts, sizes, count)
-    return Cut(found.key, _quotas(parts, sizes, found))
+    total = sum(rows * columns for rows, columns in sizes)
+    window, expected, collects = _propose(parts, sizes, count / max(1, total), total)
+    few = ROOM if collects and 0 < count < total else 0
+    if 0 < expected <= few:
+        cut = _collect(parts, sizes, count, window)
+        if cut is not None:
+            return cut
+    found = _confine(parts, count, total, window, few)
+    if 0 < found.inside <= few:
+        cut = _collect(parts, sizes, count, (found.low, found.high))
+        if cut is not None:
+            return cut
+    need = count - found.below
+    if need == found.inside:
+        return Cut(found.low, _whole(sizes) if need else [torch.zeros(rows, dtype=torch.int64) for rows, _ in sizes])
+    return Cut(found.low, _shared_out((part().call("tie_counts", found.low).cpu() for part in parts), need))
 
 
 def find_threshold(
@@ -81,8 +96,31 @@ def find_threshold(
     """
     mine = sum(rows * columns for rows, columns in sizes)
     total = int(reduce(torch.tensor([mine]), "sum"))
-    low, high = _proposal(parts, sizes, count / max(1, total), mine)
+    (low, high), _, _ = _propose(parts, sizes, count / max(1, total), mine)
     window = int(reduce(torch.tensor([low]), "min")), int(reduce(torch.tensor([high]), "max"))
+    found = _confine(parts, count, total, window, 0, reduce)
+    return Threshold(found.low, count - found.below, found.inside)
+
+
+@dataclass(frozen=True)
+class _Bracket:
+    """Keys from `low` to below `high`, of which one is the wanted one; how many weights have keys below, and inside."""
+
+    low: int
+    high: int
+    below: int
+    inside: int
+
+
+def _confine(
+    parts: Sequence[Callable[[], Part]],
+    count: int,
+    total: int,
+    window: tuple[int, int],
+    few: int,
+    reduce: Callable[[Tensor, str], Tensor] = lambda numbers, _: numbers,
+) -> _Bracket:
+    """The wanted key alone, or a bracket of at most `few` weights, whichever comes first; `window` is where to look first."""
     floor, ceiling = 0, FINITE
     while True:
         low, high = window
@@ -92,13 +130,11 @@ def find_threshold(
         for part in parts:
             counts += part().call("score_histogram", low, shift, bins).cpu()
         counts = reduce(counts, "sum")
-        if int(counts[-1]):
-            raise NonFiniteError(
-                f"weight has {int(counts[-1])} scores that are NaN or infinite; repair the weights or calibrate again"
-            )
+        _refuse(int(counts[-1]))
         if not 0 < count < total:
             # nothing or everything: no key is below 0, every finite key is below FINITE
-            return Threshold(0 if count == 0 else FINITE, 0, 0)
+            end = 0 if count == 0 else FINITE
+            return _Bracket(end, end, count, 0)
         below = int(counts[0])
         reached = below + counts[1:-2].cumsum(0)
         if count <= below:
@@ -110,43 +146,95 @@ def find_threshold(
         else:
             place = int(torch.searchsorted(reached, count))
             start = low + (place << shift)
-            if shift == 0:
-                before = int(reached[place - 1]) if place else below
-                return Threshold(start, count - before, int(counts[1 + place]))
             floor, ceiling = start, start + (1 << shift)
+            before = int(reached[place - 1]) if place else below
+            inside = int(counts[1 + place])
+            if shift == 0 or inside <= few:
+                return _Bracket(floor, ceiling, before, inside)
             window = (floor, ceiling)
 
 
-def _proposal(
+def _collect(
+    parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], count: int, window: tuple[int, int]
+) -> Cut | None:
+    """The cut, from all keys in the window as one pass collects them; None where it does not hold the wanted one, or too many."""
+    low, high = window
+    keys = torch.empty(ROOM, dtype=torch.int32)
+    below = spoiled = filled = 0
+    starts, counts = [], []
+    for part in parts:
+        under, strange, start, inside = part().call("keys_between", low, min(high, FINITE), keys[filled:])
+        starts.append(start + filled)
+        counts.append(inside)
+        below, spoiled, filled = below + under, spoiled + strange, filled + int(inside.sum())
+        if filled > ROOM:
+            return None
+    _refuse(spoiled)
+    place = count - below - 1
+    if not 0 <= place < filled:
+        return None
+    found = keys[:filled].numpy()
+    key = int(np.partition(found, place)[place])
+    need = place + 1 - int((found < key).sum())
+    ties = np.flatnonzero(found == key)
+    if need == len(ties):
+        return Cut(key, _whole(sizes))
+    return Cut(key, _shared_out((_by_row(*runs, ties) for runs in zip(starts, counts, strict=True)), need))
+
+
+def _by_row(starts: Tensor, counts: Tensor, places: np.ndarray) -> Tensor:
+    """How many of the sorted `places` lie in each row's run, which begins at `starts` and is `counts` long."""
+    first = starts.numpy()
+    return torch.from_numpy(np.searchsorted(places, first + counts.numpy()) - np.searchsorted(places, first))
+
+
+def _refuse(spoiled: int) -> None:
+    if spoiled:
+        raise NonFiniteError(
+            f"weight has {spoiled} scores that are NaN or infinite; repair the weights or calibrate again"
+        )
+
+
+def _propose(
     parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], share: float, total: int
-) -> tuple[int, int]:
-    """A window of keys that very likely holds the wanted one: four standard deviations of the sample's order statistic."""
-    step = max(1, total // SAMPLE) | 1  # odd, so that it does not keep hitting the same columns
-    offset, drawn = 0, []
-    for part, (rows, columns) in zip(parts, sizes, strict=True):
+) -> tuple[tuple[int, int], int, bool]:
+    """A window of keys that very likely holds the wanted one, four standard deviations of the sample's order statistic; how many
+    weights that window is expected to hold; and whether they can be collected at less than the cost of another pass."""
+    spread = 8 * sqrt(share * (1 - share))
+    wanted = ceil((1.1 * spread * total / ROOM) ** 2)  # for what the window holds to fit
+    step = (
+        max(1, total // max(SAMPLE, wanted if wanted <= LARGEST_SAMPLE else 0)) | 1
+    )  # odd, not to keep hitting the same columns
+    offset, drawn, collects = 0, [], True
+    for make, (rows, columns) in zip(parts, sizes, strict=True):
         size = rows * columns
         first = -offset % step
         offset += size
         if first < size:
-            drawn.append(part().call("sampled_keys", first, step).cpu().numpy())
+            part = make()
+            # on a GPU a pass over the weights is cheap, and compressing is not
+            collects &= part.weight.is_cpu and backend_for("cpu") != "triton"
+            drawn.append(part.call("sampled_keys", first, step).cpu().numpy())
     if not drawn:
-        return 0, FINITE
+        return (0, FINITE), 0, False
     sample = np.concatenate(drawn)
-    middle, margin = share * len(sample), 4 * sqrt(share * (1 - share) * len(sample)) + 1
+    middle, margin = share * len(sample), spread / 2 * sqrt(len(sample)) + 1
     first, last = max(0, int(middle - margin)), min(len(sample) - 1, ceil(middle + margin))
     sample.partition((first, last))
     low, high = int(sample[first]), int(sample[last]) + 1
-    return min(low, FINITE - 1), max(1, min(high, FINITE))
+    window = min(low, FINITE - 1), max(1, min(high, FINITE))
+    return window, ceil((last - first + 1) / len(sample) * total), collects
 
 
-def _quotas(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], found: Threshold) -> list[Tensor]:
-    """How many ties of each row belong to the low set: the first `need` of all, in position order."""
-    if found.need == found.ties:
-        return [torch.full((rows,), columns if found.need else 0, dtype=torch.int64) for rows, columns in sizes]
-    need = found.need
+def _whole(sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Quotas for all ties, which `cut` takes without counting them."""
+    return [torch.full((rows,), columns, dtype=torch.int64) for rows, columns in sizes]
+
+
+def _shared_out(ties: Iterable[Tensor], need: int) -> list[Tensor]:
+    """Of the ties of each part, counted by row, how many of each row belong to the low set: the first `need` of all, in position order."""
     quotas = []
-    for part in parts:
-        counts = part().call("tie_counts", found.key).cpu()
+    for counts in ties:
         quotas.append(first_ties(counts, need))
         need = max(0, need - int(counts.sum()))
     return quotas

@@ -114,6 +114,23 @@ def sampled_keys(weight: Tensor, norm: Tensor, reference: Tensor | None, first: 
     return keys(weight[row, column], norm[column], other)
 
 
+def keys_between(
+    weight: Tensor, norm: Tensor, reference: Tensor | None, low: int, high: int, out: Tensor
+) -> tuple[int, int, Tensor, Tensor]:
+    below, spoiled, found = 0, 0, 0
+    counts = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
+    for band in bands(weight):
+        key = keys(weight[band], norm, _at(reference, band))
+        below += int((key < low).sum())
+        spoiled += int((key >= FINITE).sum())
+        inside = (key >= low) & (key < high)
+        counts[band] = inside.sum(dim=1)
+        chosen = key[inside][: len(out) - found]
+        out[found : found + len(chosen)] = chosen
+        found += len(chosen)
+    return below, spoiled, counts.cumsum(0) - counts, counts
+
+
 def tie_counts(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int) -> Tensor:
     ties = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
     for band in bands(weight):

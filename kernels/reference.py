@@ -80,6 +80,17 @@ def sampled_keys(weight: Tensor, norm: Tensor, reference: Tensor | None, first: 
     return keys(weight, norm, reference).flatten()[first::step]
 
 
+def keys_between(
+    weight: Tensor, norm: Tensor, reference: Tensor | None, low: int, high: int, out: Tensor
+) -> tuple[int, int, Tensor, Tensor]:
+    key = keys(weight, norm, reference)
+    inside = (key >= low) & (key < high)
+    counts = inside.sum(dim=1)
+    chosen = key[inside][: len(out)]
+    out[: len(chosen)] = chosen
+    return int((key < low).sum()), int((key >= FINITE).sum()), counts.cumsum(0) - counts, counts
+
+
 def tie_counts(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int) -> Tensor:
     return (keys(weight, norm, reference) == key).sum(dim=1)
 

@@ -299,6 +299,36 @@ def test_a_sample_of_keys_is_every_step_th_key(simd, dtype):
                 assert torch.equal(module.sampled_keys(view, norm, ref, first, step), wanted)
 
 
+def runs(found, out):
+    """What `keys_between` told, with each row's keys in place of where they begin."""
+    below, spoiled, starts, counts = found
+    return below, spoiled, [out[a : a + n].tolist() for a, n in zip(starts.tolist(), counts.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("data", INPUTS)
+def test_keys_between_two_are_those_of_the_reference(simd, dtype, data):
+    for M, N in [(1, 1), (7, 200), (2, 4500)]:
+        weight, norm = INPUTS[data](N, M).to(dtype).t(), norms(N)
+        for other in (None, normal(M, N, 3).to(dtype)):
+            every = reference.keys(weight, norm, other)
+            middle = min(int(every.flatten().median()), reference.FINITE - 1)
+            for low, high in [(0, reference.FINITE), (middle, middle + 1), (middle // 2, middle), (middle, middle)]:
+                out = torch.empty(M * N, dtype=torch.int32)
+                wanted = runs(reference.keys_between(weight, norm, other, low, high, out), out)
+                for module in (native, eager):
+                    out = torch.empty(M * N, dtype=torch.int32)
+                    assert runs(module.keys_between(weight, norm, other, low, high, out), out) == wanted
+
+
+def test_keys_that_do_not_fit_are_counted_and_nothing_is_written_past_the_end(simd, dtype):
+    weight, norm = normal(40, 300).to(dtype), norms(300)
+    out = torch.full((600,), -1, dtype=torch.int32)
+    for module in (native, eager, reference):
+        below, spoiled, _, counts = module.keys_between(weight, norm, None, 0, reference.FINITE, out[:100])
+        assert (below, spoiled, counts.tolist()) == (0, 0, [300] * 40)
+        assert out[100:].eq(-1).all()
+
+
 @pytest.mark.parametrize("data", INPUTS)
 def test_tie_counts_and_cut_agree_with_the_reference(simd, dtype, data):
     for M, N in [(1, 1), (7, 200), (2, 2500)]:

@@ -32,6 +32,7 @@ OPS = (
     "fingerprint",
     "mask_counts",
     "sampled_keys",
+    "keys_between",
 )
 
 
@@ -231,6 +232,20 @@ def sampled_keys(weight: Tensor, norm: Tensor, reference: Tensor | None, first: 
     if len(key):
         _call("sampled_keys", job)
     return key
+
+
+def keys_between(
+    weight: Tensor, norm: Tensor, reference: Tensor | None, low: int, high: int, out: Tensor
+) -> tuple[int, int, Tensor, Tensor]:
+    rows = weight.shape[0]
+    found = torch.zeros(2 * rows + 3, dtype=torch.int64)
+    job = _scores(weight, norm, reference)
+    job.a, job.b, job.c = low, high, len(out)
+    job.rowwise, job.values = found.data_ptr(), out.data_ptr()
+    if weight.numel():
+        _call("keys_between", job)
+    below, _, spoiled = found[2 * rows :].tolist()
+    return below, spoiled, found[:rows], found[rows : 2 * rows]
 
 
 def tie_counts(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int) -> Tensor:

@@ -30,6 +30,7 @@ enum Op {
   FINGERPRINT,
   MASK_COUNTS,
   SAMPLED_KEYS,
+  KEYS_BETWEEN,
 };
 
 template <class T>
@@ -115,7 +116,7 @@ int hftcore_best_simd() {
 
 // 0, or 1 when memory could not be had (nothing was changed), or 2 for an unknown op
 int hftcore_run(int simd, int op, const hftcore::Job* job) {
-  if (op < 0 || op > hftcore::SAMPLED_KEYS || simd < 0 || simd > hftcore_best_simd()) return 2;
+  if (op < 0 || op > hftcore::KEYS_BETWEEN || simd < 0 || simd > hftcore_best_simd()) return 2;
 #ifdef HFTCORE_X86
   if (simd == 2) return hftcore::avx512::run(op, *job) ? 0 : 1;
   if (simd == 1) return hftcore::avx2::run(op, *job) ? 0 : 1;

@@ -183,6 +183,42 @@ struct Ops {
       if (bins[i]) __atomic_fetch_add(out + i, bins[i], __ATOMIC_RELAXED);
   }
 
+  static int64_t between_scratch(const Job& job) { return Band::scratch(job) + 4 * (padded(job) + SPAN + 3 * BLOCK); }
+
+  // a = low, b = high, c = room; values = int32 [c]; rowwise = where each row's keys begin [rows], how many they are [rows], and of all
+  // rows: below, inside, not finite [3]
+  static void keys_between(const void* context, char* memory, Chunks& chunks) {
+    const Job& job = *static_cast<const Job*>(context);
+    Band band(job, memory);
+    int32_t* key = reinterpret_cast<int32_t*>(memory);
+    int32_t* inside = key + SPAN + 2 * BLOCK;
+    int32_t* out = static_cast<int32_t*>(job.values);
+    int64_t *starts = job.rowwise, *counts = starts + job.rows, *totals = counts + job.rows;
+    int64_t under = 0, strange = 0, begin, end;
+    while (chunks.next(begin, end)) {
+      for (int64_t row = begin; row < end;) {
+        for (int64_t last = band.load(row, end); row < last; ++row) {
+          const T *w = band.weight.at(row), *r = band.reference.at(row);
+          int64_t found = 0;
+          for (int64_t i = 0; i < job.columns; i += SPAN) {
+            const T* other = r ? r + i : nullptr;
+            int64_t n = smaller(SPAN, job.columns - i), below;
+            float sum;
+            found += collect_scores(w + i, other, job.norm + i, n, int32_t(job.a), int32_t(job.b), inside + found, below, sum);
+            under += below;
+            if (!std::isfinite(sum)) strange += count_nonfinite(key, n, make_keys<T>(w + i, other, job.norm + i, n, key));
+          }
+          int64_t at = __atomic_fetch_add(totals + 1, found, __ATOMIC_RELAXED);
+          if (at + found <= job.c) std::memcpy(out + at, inside, size_t(found) * 4);
+          starts[row] = at;
+          counts[row] = found;
+        }
+      }
+    }
+    __atomic_fetch_add(totals, under, __ATOMIC_RELAXED);
+    __atomic_fetch_add(totals + 2, strange, __ATOMIC_RELAXED);
+  }
+
   // a = first, b = step, c = how many; items are the sampled weights, values = int32 [c]
   static void sampled_keys(const void* context, char*, Chunks& chunks) {
     const Job& job = *static_cast<const Job*>(context);
@@ -469,6 +505,8 @@ inline bool run_typed(int op, const Job& job) {
       return parallel(job.rows, job.columns, unit, job.threads, O::histogram_scratch(job), O::score_histogram, &job);
     case SAMPLED_KEYS:
       return parallel(job.c, 16, 1, job.threads, 0, O::sampled_keys, &job);
+    case KEYS_BETWEEN:
+      return parallel(job.rows, job.columns, unit, job.threads, O::between_scratch(job), O::keys_between, &job);
     case CUT:
       return parallel(job.rows, job.columns, unit, job.threads, O::span_scratch(job), O::cut, &job);
     case BLOCK_SCORES:

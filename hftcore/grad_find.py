@@ -17,6 +17,7 @@ def find_rules(model: nn.Module) -> list[Rule]:
         HftcoreError: a trained parameter belongs to a module of no known kind; nothing is trained.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
+    _refuse_dora(model)
     rules: list[Rule] = [*find_experts(model, names)]
     fused = {rule.module for rule in rules}
     for name, module in model.named_modules():
@@ -40,9 +41,18 @@ def find_rules(model: nn.Module) -> list[Rule]:
     return rules
 
 
+def _refuse_dora(model: nn.Module) -> None:
+    """Its magnitudes have no rule, and beside the batch its factors multiply an identity matrix, whose rows are no samples'."""
+    for name, module in model.named_modules():
+        is_dora = bool(len(getattr(module, "lora_magnitude_vector", ())))
+        if is_dora and any(p.requires_grad for own, p in module.named_parameters() if own.startswith("lora_")):
+            raise HftcoreError(
+                f"per-sample gradients of layer {name!r} are not known: its LoRA is DoRA; train with use_dora=False, or freeze it"
+            )
+
+
 def _rule(name: str, module: nn.Module) -> Rule | None:
-    forward = type(module).forward
-    if forward is nn.Linear.forward:
+    if _is_linear(module):
         return LinearRule(name, module)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return Conv1DRule(name, module)
@@ -58,6 +68,23 @@ def _rule(name: str, module: nn.Module) -> Rule | None:
     return None
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is an `nn.Linear`, or a subclass of one that computes the same on random input (as Falcon's does)."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    weight = module.weight
+    x = torch.randn(2, 3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        try:
+            have = type(module).forward(module, x)
+        except (TypeError, ValueError, RuntimeError):
+            return False  # it takes something else
+        want = nn.functional.linear(x, weight, module.bias)
+    return isinstance(have, Tensor) and have.shape == want.shape and _agree(have, want, weight.dtype)
+
+
 def _norm_rule(name: str, module: nn.Module) -> NormRule | None:
     """The rule whose result is the module's own on random input and with a random weight, or None."""
     weight = module._parameters.get("weight")
@@ -68,7 +95,6 @@ def _norm_rule(name: str, module: nn.Module) -> NormRule | None:
     draw = torch.randn(7, len(weight), generator=generator).to(weight.device, weight.dtype)
     x, probe = draw[:6].unflatten(0, (2, 3)), draw[6]
     bias = getattr(module, "bias", None)
-    close = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 0.05
     try:
         inspect.signature(type(module).forward).bind(module, x)
     except TypeError:
@@ -81,6 +107,11 @@ def _norm_rule(name: str, module: nn.Module) -> NormRule | None:
             rule.eps = torch.finfo(x.dtype).eps if eps is None else float(eps)
             for factor in (probe, 1 + probe):
                 have = rule.normalised(x) * factor + (0 if bias is None else bias)
-                if isinstance(want, Tensor) and torch.allclose(want.to(have.dtype), have, rtol=close, atol=close):
+                if isinstance(want, Tensor) and _agree(want, have, weight.dtype):
                     return rule
     return None
+
+
+def _agree(have: Tensor, want: Tensor, dtype: torch.dtype) -> bool:
+    close = 1e-4 if dtype in (torch.float32, torch.float64) else 0.05
+    return torch.allclose(have.to(want.dtype), want, rtol=close, atol=close)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import transformers
 from test_grad_norms import assert_norms, assert_plain_gradients, gradients, oracle, run
-from tiny_models import FUSED, batch, fingerprint, one_thread, tiny_model  # noqa: F401
+from tiny_models import FUSED, MOE, batch, fingerprint, one_thread, tiny_model  # noqa: F401
 from torch import nn
 
 from hftcore.errors import HftcoreError
@@ -110,6 +111,24 @@ def test_rows_go_beside_those_of_their_sample():
 def test_attention_sinks_are_refused_by_name():
     with pytest.raises(HftcoreError, match=r"'model.layers.0.self_attn.sinks'.*freeze it"):
         run(tiny_model("gpt-oss"), batch((7, 4)))
+
+
+def test_llama_4_is_right_but_for_its_experts_which_are_refused_by_name():
+    """Every expert multiplies every token there, most of them scaled to zero."""
+    torch.manual_seed(0)
+    sizes = MOE | {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 48, "attention_chunk_size": 64}
+    model, one = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**sizes)).eval(), batch((7, 4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    with pytest.raises(HftcoreError, match=r"'model.layers.0.feed_forward.experts.gate_up_proj'.*freeze it"):
+        run(model, one)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("experts." not in name)
+    norms = run(model, one)
+    assert_norms(norms, oracle(model, one))
+    assert any("router" in name for name in norms.per_parameter)
+    assert_plain_gradients(model, one, gradients(model))
 
 
 class OddRouter(nn.Module):

@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import DENSE, batch, fingerprint, one_thread, tiny_model, with_lora  # noqa: F401
+import transformers
+from tiny_models import DENSE, VOCABULARY, batch, fingerprint, one_thread, tiny_model, with_lora  # noqa: F401
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -180,6 +181,51 @@ def test_lora_counts_the_factors_and_not_the_base(targets):
 def test_lora_on_conv1d():
     model, one = with_lora(tiny_model("gpt2"), ["c_attn"]), batch((7, 4))
     assert_norms(run(model, one), oracle(model, one))
+
+
+@pytest.mark.parametrize("lengths", [(7, 4), (16, 16)])
+@pytest.mark.parametrize("magnitude", [True, False])
+def test_dora_is_refused_whatever_is_trained_and_however_long_the_batch(lengths, magnitude):
+    """Its factors multiply an identity matrix, which 16 + 16 tokens of a model of width 32 could be taken for."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", use_dora=True)
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.requires_grad_(magnitude)
+    with pytest.raises(HftcoreError, match=r"layers\.0\.self_attn\.q_proj'.* DoRA; train with use_dora=False"):
+        run(model, batch(lengths))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_falcons_own_linear_layers_are_linear_layers(bias):
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bias=bias, pad_token_id=0
+    )
+    model, one = transformers.FalconForCausalLM(config).eval(), batch((7, 4))
+    assert_norms(run(model, one), oracle(model, one))
+    assert_plain_gradients(model, one, gradients(model))
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Counted(nn.Linear):
+    def forward(self, x, count):
+        return super().forward(x) * count
+
+
+@pytest.mark.parametrize("kind", [Doubling, Counted])
+def test_linear_layers_that_compute_something_else_are_refused(kind):
+    model = nn.Sequential(kind(3, 2))
+    with (
+        pytest.raises(HftcoreError, match=f"'0' is a {kind.__name__}; freeze it"),
+        capture_grad_norms(model, loss="share"),
+    ):
+        pass
 
 
 def test_frozen_parameters_do_not_count():

@@ -240,6 +240,6 @@ def quiet() -> None:
 
 
 def _brief(error: BaseException) -> str:
-    """An error's first line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """An error's first line, and the second where the first announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -40,7 +40,7 @@ class Base:
         finally:
             # biases trained with the factors, and starts such as PiSSA's, are written into the base's own weights
             if _fingerprints(self.model) != self._bits:
-                log.warning("adapter %s changed weights of the base model, which is loaded again", folder)
+                log.info("adapter %s changed weights of the base model, which is loaded again", folder)
                 del self.model
                 self.model, _ = load_model(*self._how)
 

@@ -40,7 +40,7 @@ def run_adapters(
             kept, and the rest is made.
 
     Returns:
-        {"out", "adapters", "repaired", "kept", "failed" (names), "seconds"}.
+        {"out", "adapters", "repaired", "kept", "warned" and "failed" (names), "seconds"}.
 
     Raises:
         HftcoreError: what concerns all of them: a wrong choice, `job.out` is taken or being written, the base model or the data
@@ -73,6 +73,7 @@ def run_adapters(
         "adapters": len(lines),
         "repaired": len(lines) - kept - len(bad),
         "kept": kept,
+        "warned": [line["name"] for line in lines if "warnings" in line],
         "failed": bad,
         "seconds": round(time.perf_counter() - started, 3),
     }

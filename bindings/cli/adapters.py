@@ -34,8 +34,10 @@ def repair_adapters(
     except KeyboardInterrupt:
         typer.echo(f"interrupted; finished adapters are whole in {job.out}, --resume goes on from there", err=True)
         raise typer.Exit(130) from None
-    kept = f", kept {result['kept']}" if result["kept"] else ""
-    text = f"Repaired {result['repaired']} of {result['adapters']} adapters{kept} in {result['seconds']:.1f} s; wrote {result['out']}"
+    notes = [f"kept {result['kept']}"] * bool(result["kept"])
+    notes += [f"{len(result['warned'])} with warnings in report.jsonl"] * bool(result["warned"])
+    done = "; ".join([f"Repaired {result['repaired']} of {result['adapters']} adapters", *notes])
+    text = f"{done}; wrote {result['out']} in {result['seconds']:.1f} s"
     emit(result, as_json, text)
     if failed := result["failed"]:
         names = ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")

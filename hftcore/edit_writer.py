@@ -1,20 +1,23 @@
 """Write an Edit piece by piece, in any order, without holding it: the file is laid out before its first value is known."""
 
 import json
-import os
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from hftcore.direct import DirectWriter
 from hftcore.edit import CONFIG, TENSORS, config_text
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 # the order in which the safetensors library lays out tensors: by descending dtype, then by name
 ORDER = ("F32", "BF16", "F16", "U8")
+WAITING = 1 << 24  # bytes of values that wait to be written at most
 
 
 @dataclass(frozen=True)
@@ -52,24 +55,37 @@ class EditWriter:
             with self.file.open("wb") as empty:
                 empty.write(header)
                 empty.truncate(size)
-        self._handle = os.open(self.file, os.O_RDWR)
+        # what is written of a kind is mostly one run after another
+        self._runs = {kind: DirectWriter(self.file) for kind in ("mask", "before", "after")}
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[int, Future[None]]] = deque()
 
     def __enter__(self) -> "EditWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
+        self._thread.shutdown(cancel_futures=True)
+        for run in self._runs.values():
+            run.close()
 
-    def write(self, name: str, kind: str, start: int, values: Tensor) -> None:
-        """Put rows of the "mask", or values of "before" or "after", at index `start` of those of a parameter."""
-        if not values.numel():
-            return
+    def write(self, name: str, kind: Literal["mask", "before", "after"], start: int, values: Tensor) -> None:
+        """Put rows of the "mask", or values of "before" or "after", at index `start` of those of a parameter.
+
+        They are written beside other work and must not change any more; what goes wrong is raised by a later call.
+        """
         place, row_bytes = self._places[f"{name}.{kind}"]
-        data = values.flatten().view(torch.uint8).numpy().data
-        offset = place + start * row_bytes
-        while data:
-            written = os.pwrite(self._handle, data, offset)
-            data, offset = data[written:], offset + written
+        data = values.flatten().view(torch.uint8)
+        self._waiting.append((len(data), self._thread.submit(self._runs[kind].write, place + start * row_bytes, data)))
+        while sum(size for size, _ in self._waiting) > WAITING:
+            self._waiting.popleft()[1].result()
+
+    def settle(self) -> list[Path]:
+        """Write all that waits; the files it is in."""
+        while self._waiting:
+            self._waiting.popleft()[1].result()
+        for run in self._runs.values():
+            run.flush()
+        return [self.file]
 
     def finish(self, recipe: dict[str, Any], fingerprints: dict[str, tuple[str, str]]) -> list[Path]:
         """Write the configuration, given the fingerprints before and after of each parameter; returns the files of the folder."""

@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hftcore.bindings.checkpoints.stored import StoredTensor, read_header
 from hftcore.errors import HftcoreError
 
 MANIFEST = "hftcore_manifest.json"
 FORMAT = 1
-CHUNK = 1 << 24
+CHUNK = 1 << 20
 
 
 def write_manifest(folder: Path, files: dict[str, Any], edit: str | None = None) -> Path:
@@ -54,7 +54,7 @@ def describe(file: Path) -> dict[str, Any]:
     Raises:
         HftcoreError: a `.safetensors` file that is cut off or damaged.
     """
-    with file.open("rb") as content:
+    with file.open("rb", buffering=0) as content:
         if file.suffix != ".safetensors":
             return {"bytes": file.stat().st_size, "sha256": _digest(content, file.stat().st_size)}
         places = in_order(read_header(file))
@@ -71,18 +71,14 @@ def in_order(tensors: dict[str, StoredTensor]) -> list[tuple[str, StoredTensor]]
     return sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop, item[0]))
 
 
-def chunks(content: IO[bytes], size: int) -> Iterator[bytes]:
-    """The next `size` bytes of a file, a chunk at a time."""
-    while size:
-        data = content.read(min(size, CHUNK))
-        if not data:
-            raise HftcoreError(f"{content.name} ended {size} bytes early; was it changed while it was read?")
-        size -= len(data)
-        yield data
-
-
-def _digest(content: IO[bytes], size: int) -> str:
+def _digest(content: FileIO, size: int) -> str:
+    """Of the next `size` bytes of a file."""
     digest = hashlib.sha256()
-    for data in chunks(content, size):
-        digest.update(data)
+    room = memoryview(bytearray(min(size, CHUNK)))
+    while size:
+        got = content.readinto(room[:size])
+        if not got:
+            raise HftcoreError(f"{content.name} ended {size} bytes early; was it changed while it was read?")
+        digest.update(room[:got])
+        size -= got
     return digest.hexdigest()

@@ -135,10 +135,10 @@ def _write(
 
     changes = Changes(pieces, change, complete, selection.pattern.block[0] if selection.pattern.block else 1)
     if edit_only:
-        change_only(stored, work, changes, writer.file)
+        change_only(stored, work, changes, writer.settle)
         work.finish("edit", None, writer.finish(recipe, fingerprints))
         return
-    files = rewrite_files(source, stored, work, changes, [writer.file], keeps_edit=False)
+    files = rewrite_files(source, stored, work, changes, writer.settle, keeps_edit=False)
     written = writer.finish(recipe, fingerprints)
     # its fingerprints vouch for the values: to read them again would take as long as to write them
     files[f"{EDIT}/{TENSORS}"] = {"bytes": writer.file.stat().st_size}

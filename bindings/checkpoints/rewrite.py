@@ -4,9 +4,8 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,18 @@ import torch
 from torch import Tensor
 
 from hftcore import __version__
-from hftcore.bindings.checkpoints.manifest import MANIFEST, chunks, describe, in_order
+from hftcore.bindings.checkpoints.blocks import Blocks, bytes_of, rows_of
+from hftcore.bindings.checkpoints.manifest import MANIFEST, describe, in_order
 from hftcore.bindings.checkpoints.pieces import Piece
 from hftcore.bindings.checkpoints.stored import PICKLES, StoredTensor, check_link, read_header
 from hftcore.bindings.progress import Track
+from hftcore.direct import DirectWriter
 from hftcore.edit import CONFIG
 from hftcore.errors import HftcoreError
 from hftcore.ops.fingerprints import fingerprint_sum
 from hftcore.resumable import Resumable
 
-BLOCK = 1 << 24  # bytes of weights in memory at a time
+BLOCKS = 4  # in memory: one is changed, one hashed, one written, and one waits for the slower of these
 WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".onnx", ".h5", ".msgpack")
 
 # change(piece, row, block): change in place the rows of a piece from number `row` on, [rows, columns] in [out, in] orientation
@@ -80,7 +81,7 @@ def rewrite_files(
     stored: Mapping[str, StoredTensor],
     work: Resumable,
     changes: Changes,
-    beside: Sequence[Path] = (),
+    beside: Callable[[], Sequence[Path]] = tuple,
     keeps_edit: bool = True,
 ) -> dict[str, Any]:
     """Write the changed copy of every file of the folder `source` to `work.folder`, one journaled step a file.
@@ -90,7 +91,7 @@ def rewrite_files(
         stored: its tensors.
         work: where finished files are skipped.
         changes: what to change.
-        beside: files that `changes` writes to; they are on the disk before a step is recorded.
+        beside: finishes what `changes` writes elsewhere and names the files; they are on the disk before a step is recorded.
         keeps_edit: copy an Edit in `source/edit` too.
 
     Returns:
@@ -110,85 +111,68 @@ def rewrite_files(
             target = work.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             facts = _rewrite(source / name, target, changes) if name in shards else _copy(source / name, target)
-            work.finish(f"file {name}", facts, [target, *beside])
+            work.finish(f"file {name}", facts, [target, *beside()])
         files[name] = {key: value for key, value in facts.items() if key != "sums"}
     return files
 
 
-def change_only(stored: Mapping[str, StoredTensor], work: Resumable, changes: Changes, beside: Path) -> None:
-    """Pass the pieces through `changes`, one journaled step a file, and write nothing else."""
+def change_only(
+    stored: Mapping[str, StoredTensor], work: Resumable, changes: Changes, beside: Callable[[], Sequence[Path]]
+) -> None:
+    """Pass the pieces through `changes`, one journaled step a file, and write nothing else; `beside` as for `rewrite_files`."""
     for file in Track(sorted({place.file for place in stored.values()}), "read"):
         sums = work.done.get(f"file {file.name}")
         if sums is not None:
             changes.resume(sums)
         else:
             sums = {}
-            for _ in _stream(file, changes, sums, changed_only=True):
+            for _ in _stream(file, changes, sums, Blocks(1), changed_only=True):
                 pass
-            work.finish(f"file {file.name}", sums, [beside])
+            work.finish(f"file {file.name}", sums, beside())
 
 
 def _rewrite(source: Path, target: Path, changes: Changes) -> dict[str, Any]:
     """Write the changed copy of one file; what the manifest says of it, and `sums` for each parameter."""
     digests: dict[str, Any] = {}
     sums: dict[str, list[int]] = {}
-    with target.open("wb") as out, ThreadPoolExecutor(1) as writer:
-
-        def emit(name: str, data: Any) -> None:
-            digests[name].update(data)
-            out.write(data)
-
-        waiting: deque[tuple[int, Future[None]]] = deque()
-        for name, data in _stream(source, changes, sums):
-            digests.setdefault(name, hashlib.sha256())
-            waiting.append((len(data), writer.submit(emit, name, data)))
-            while sum(size for size, _ in waiting) > 2 * BLOCK:
-                waiting.popleft()[1].result()
-        for _, future in waiting:
-            future.result()
+    memory, position = Blocks(BLOCKS), 0
+    target.write_bytes(b"")
+    with DirectWriter(target) as out, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
+        for name, data in _stream(source, changes, sums, memory):
+            digest = digests.setdefault(name, hashlib.sha256())
+            memory.jobs(hasher.submit(digest.update, data.numpy()), writer.submit(out.write, position, data))
+            position += len(data)
+        memory.settle()
+        out.flush()
     found = {name: digest.hexdigest() for name, digest in digests.items()}
-    return {"bytes": target.stat().st_size, "header": found.pop(""), "tensors": found, "sums": sums}
+    return {"bytes": position, "header": found.pop(""), "tensors": found, "sums": sums}
 
 
 def _stream(
-    file: Path, changes: Changes, sums: dict[str, list[int]], changed_only: bool = False
-) -> Iterator[tuple[str, Any]]:
-    """Yield (name of the tensor, bytes) from the start of a file to its end, "" for its header, with the changes made.
+    file: Path, changes: Changes, sums: dict[str, list[int]], memory: Blocks, changed_only: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name of the tensor, its next bytes) from the start of a file to its end, "" for its header, with the changes made.
 
     Fills `sums`: parameter -> [pieces done, sum before, sum after].
     """
-    with file.open("rb") as content:
-        tensors = in_order(read_header(file))
-        if not changed_only:
-            yield from (("", data) for data in chunks(content, tensors[0][1].start))
-        for name, place in tensors:
-            pieces = changes.of(name)
-            if not pieces and not changed_only:
-                content.seek(place.start)
-                yield name, b""
-                yield from ((name, data) for data in chunks(content, place.stop - place.start))
-            for piece in pieces:
-                before = after = 0
-                for row, block in blocks(piece, changes.row_step):
-                    first = (piece.first + row) * piece.columns
-                    before += fingerprint_sum(block, first)
-                    changes.change(piece, row, block.t() if piece.transposed else block)
-                    after += fingerprint_sum(block, first)
-                    yield name, block.flatten().view(torch.uint8).numpy().data
-                done = sums.setdefault(piece.parameter, [0, 0, 0])
-                done[:] = done[0] + 1, (done[1] + before) % 2**64, (done[2] + after) % 2**64
-                changes.done(piece.parameter, 1, before, after)
-
-
-def blocks(piece: Piece, row_step: int = 1) -> Iterator[tuple[int, Tensor]]:
-    """Copies of a piece's rows as they lie in the file, with the number of the first; a transposed piece comes whole."""
-    mapped = piece.mapped()
-    step = max(1, piece.rows)
-    if not piece.transposed:
-        row_bytes = max(1, piece.columns * piece.dtype.itemsize)
-        step = max(1, BLOCK // row_bytes // row_step) * row_step
-    for row in range(0, max(1, piece.rows), step):
-        yield row, (mapped if piece.transposed else mapped[row : row + step]).clone()
+    tensors = in_order(read_header(file))
+    if not changed_only:
+        yield from (("", data) for data in bytes_of(file, 0, tensors[0][1].start, memory))
+    for name, place in tensors:
+        pieces = changes.of(name)
+        if not pieces and not changed_only:
+            yield from ((name, data) for data in bytes_of(file, place.start, place.stop, memory))
+        for piece in pieces:
+            before = after = 0
+            for row, block in rows_of(piece, memory, changes.row_step):
+                first = (piece.first + row) * piece.columns
+                before += fingerprint_sum(block, first)
+                changes.change(piece, row, block.t() if piece.transposed else block)
+                after += fingerprint_sum(block, first)
+                yield name, block.flatten().view(torch.uint8)
+            done = sums.setdefault(piece.parameter, [0, 0, 0])
+            done[:] = done[0] + 1, (done[1] + before) % 2**64, (done[2] + after) % 2**64
+            changes.done(piece.parameter, 1, before, after)
 
 
 def _copy(source: Path, target: Path) -> dict[str, Any]:

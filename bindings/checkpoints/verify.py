@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from hftcore import ops
+from hftcore.bindings.checkpoints.blocks import Blocks, rows_of
 from hftcore.bindings.checkpoints.edits import locate
 from hftcore.bindings.checkpoints.manifest import describe, read_manifest
-from hftcore.bindings.checkpoints.rewrite import blocks
 from hftcore.bindings.checkpoints.stored import list_tensors
 from hftcore.bindings.progress import Track
 from hftcore.edit import Edit
@@ -73,10 +73,11 @@ def _wrong_turns(folder: Path, place: Path) -> list[str]:
         return [str(error)]
     sums = {name: [0, 0] for name in edit.tensors}
     problems = []
+    memory = Blocks(1)
     for piece in Track(pieces, "undo"):
         entry = edit.tensors[piece.parameter]
         start = starts[piece]
-        for row, stored in blocks(piece):
+        for row, stored in rows_of(piece, memory):
             block = stored.t() if piece.transposed else stored
             first = (piece.first + row) * piece.columns
             mask = entry.mask[piece.first + row : piece.first + row + block.shape[0]]

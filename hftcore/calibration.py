@@ -90,6 +90,8 @@ def prepared(
     runner: nn.Module, batches: Iterable[Batch], progress: Progress | None = None
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield each batch on the model's device: with its labels, and as arguments of `runner` (no labels, no cache)."""
+    if not isinstance(batches, Iterable):
+        raise HftcoreError(f"batches must be an iterable of dicts of tensors, got {type(batches).__name__}")
     device = next((parameter.device for parameter in runner.parameters()), torch.device("cpu"))
     takes_cache = "use_cache" in inspect.signature(runner.forward).parameters
     for batch in progress(batches) if progress else batches:

@@ -3,11 +3,23 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hftcore.errors import HftcoreError, NonFiniteError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dense(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise HftcoreError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise HftcoreError(f"{name} must be a dense tensor, got one of layout {value.layout}")
+
+
+def model(value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise HftcoreError(f"model must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def floating(name: str, tensor: Tensor) -> None:
@@ -18,16 +30,21 @@ def floating(name: str, tensor: Tensor) -> None:
 
 
 def weight(tensor: Tensor, reference: Tensor | None) -> None:
+    dense("weight", tensor)
+    if tensor.is_meta:
+        raise HftcoreError("weight must have values, got a tensor on the meta device; load it onto a real device first")
     if tensor.dim() != 2:
         raise HftcoreError(f"weight must be [out_features, in_features], got shape {tuple(tensor.shape)}")
     floating("weight", tensor)
-    if reference is not None and (reference.shape != tensor.shape or reference.dtype != tensor.dtype):
+    if reference is None:
+        return
+    dense("reference", reference)
+    if reference.shape != tensor.shape or reference.dtype != tensor.dtype:
         raise HftcoreError(
             f"reference must have the shape and dtype of weight, {tuple(tensor.shape)} {tensor.dtype}, "
             f"got {tuple(reference.shape)} {reference.dtype}"
         )
-    if reference is not None:
-        same_device("reference", reference, tensor)
+    same_device("reference", reference, tensor)
 
 
 def same_device(name: str, tensor: Tensor, like: Tensor) -> None:
@@ -37,6 +54,7 @@ def same_device(name: str, tensor: Tensor, like: Tensor) -> None:
 
 def norm(energy: Tensor, like: Tensor) -> Tensor:
     """The square root of an energy that fits: [N] float32. Not finite where the energy is not, or is negative."""
+    dense("energy", energy)
     if energy.shape != like.shape[-1:] or energy.dtype != torch.float32:
         raise HftcoreError(
             f"energy must be float32 of shape ({like.shape[-1]},) (one value for each column of weight), "

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from hftcore import checks
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.grad_ledger import Ledger
 from hftcore.grad_loss import SampleLoss
@@ -49,6 +50,7 @@ def capture_grad_norms(
     >>> norms.per_sample
     tensor([5., 1.])
     """
+    checks.model(model)
     norms = GradNorms(model, SampleLoss(loss, loss_scale), Ledger(norms_only, keep))
     watch = Watch(model, norms._loss, norms._ledger)
     with watch.hooked():

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hftcore.checks import FLOATS
+from hftcore import checks
 from hftcore.errors import HftcoreError
 
 ADAPTERS = {"transformers": "hftcore.bindings.models", "peft": "hftcore.bindings.models"}
@@ -87,6 +87,7 @@ def find_layers(model: nn.Module, targets: Targets = "all-linear", exclude: Targ
     >>> [layer.name for layer in find_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)), exclude=["2"])]
     ['0']
     """
+    checks.model(model)
     heads = _inside_heads(model)
     found: dict[tuple[object, ...], Layer] = {}
     names = []
@@ -144,7 +145,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def _refuse_unusable(layer: Layer, weight: Any) -> None:
     kinds = (type(layer.module), type(weight), type(getattr(weight, "data", None)))
     origin = next((kind.__module__ for kind in kinds if kind.__module__.startswith(QUANTISERS)), None)
-    if origin or weight is None or weight.dtype not in FLOATS:
+    if origin or weight is None or weight.dtype not in checks.FLOATS:
         what = "no float weight" if weight is None else str(weight.dtype)
         raise HftcoreError(
             f"layer {layer.name!r} is quantised or of an unsupported dtype ({origin or what}); weights must be float32, "

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from hftcore import checks
 from hftcore.calibration import calibrate
 from hftcore.edit import Edit
 from hftcore.energy import Energy
@@ -77,6 +78,7 @@ def antidote(
     2
     """
     pattern = Pattern(dense_ratio, scope=scope, remove=remove)
+    checks.model(model)
     chosen = default_targets(model) if targets is None else targets
     energy: Energy | None = None
     batches: Iterable[Mapping[str, Tensor]] | None = None

@@ -63,6 +63,7 @@ def panacea_perturb(
     check_number("rho", rho, 0)
     check_choice("space", space, SPACES)
     check_choice("direction", direction, DIRECTIONS)
+    checks.model(model)
     parameters = _chosen(model, targets, exclude)
     if direction == "random":
         along = _noise(parameters, seed)

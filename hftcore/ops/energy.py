@@ -31,6 +31,7 @@ def column_energy(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if _compiling():
         return torch.ops.hftcore.column_energy(x, mask)
+    checks.dense("x", x)
     if x.dtype not in checks.FLOATS or x.dim() == 0:
         raise HftcoreError(f"x must be [..., N] float32, bfloat16 or float16, got {x.dtype} {tuple(x.shape)}")
     if mask is not None:

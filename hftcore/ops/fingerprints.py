@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hftcore import checks
 from hftcore.backend import implementation
+from hftcore.errors import HftcoreError
 
 _WIDE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -15,9 +17,17 @@ def fingerprint(tensor: Tensor) -> str:
 
     Not cryptographic: it tells a wrong or changed tensor from the right one, not an adversary's.
 
+    Raises:
+        HftcoreError: no dense tensor, or elements of more than 8 bytes.
+
     >>> fingerprint(torch.zeros(2, 2)) == fingerprint(torch.zeros(4))
     False
     """
+    checks.dense("tensor", tensor)
+    if tensor.element_size() not in _WIDE:
+        raise HftcoreError(
+            f"tensor must have elements of 1, 2, 4 or 8 bytes, got {tensor.dtype}; take torch.view_as_real of it"
+        )
     bits = tensor.detach().contiguous()
     bits = bits.view(_WIDE[bits.element_size()])
     return fingerprint_text(tensor.dtype, tensor.shape, implementation("fingerprint", tensor.device)(bits))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hftcore.backend import backend_for
+from hftcore.checks import dense
 from hftcore.errors import HftcoreError
 from hftcore.kernels import gradients
 
@@ -93,6 +94,7 @@ def embedding_grad_norms_sq(ids: Tensor, g: Tensor, padding_idx: int | None = No
 
 
 def _check_tokens(name: str, x: Tensor) -> None:
+    dense(name, x)
     if x.dim() != 3 or x.dtype not in FLOATS:
         raise HftcoreError(
             f"{name} must be [B, T, features] float32, bfloat16, float16 or float64, got {x.dtype} {tuple(x.shape)}; "

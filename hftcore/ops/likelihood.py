@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hftcore.backend import backend_for
+from hftcore.checks import dense
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels import likelihood as eager
 from hftcore.kernels.products import accumulator
@@ -203,6 +204,8 @@ def _weights(weights: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _check(hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, soft_cap: float | None) -> None:
+    for name, tensor in (("hidden", hidden), ("head_weight", head), ("labels", labels)):
+        dense(name, tensor)
     if hidden.dim() != 3 or hidden.dtype not in FLOATS:
         raise HftcoreError(f"hidden must be [B, T, D] in a float dtype, got {hidden.dtype} {tuple(hidden.shape)}")
     if head.dim() != 2 or head.shape[1] != hidden.shape[2] or head.shape[0] == 0:

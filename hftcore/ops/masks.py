@@ -93,6 +93,7 @@ def count_mask(mask: Tensor) -> int:
 
 def _fits(weight: Tensor, mask: Tensor) -> None:
     checks.weight(weight, None)
+    checks.dense("mask", mask)
     if mask.dtype != torch.uint8 or mask.shape != (weight.shape[0], -(-weight.shape[1] // 8)):
         raise HftcoreError(
             f"mask must be uint8 of shape ({weight.shape[0]}, {-(-weight.shape[1] // 8)}) for weight {tuple(weight.shape)}, "

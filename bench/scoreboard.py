@@ -4,6 +4,7 @@
 are used by index and shown nowhere.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from hftcore.bindings.evaluation.scoreboard import DEFENCES, Data, Scoreboard, S
 from hftcore.bindings.evaluation.scoreboard_report import Board, draw, page, read
 from hftcore.bindings.evaluation.suites import load_suite
 from hftcore.bindings.progress import Track
+from hftcore.errors import HftcoreError
 from hftcore.files import whole_file
 
 
@@ -34,12 +36,29 @@ def default_data() -> Data:
     )
 
 
-def run_board(board: Scoreboard, defences: Sequence[str], docs: Path, command: str) -> list[str]:
-    """Run what is missing of the grid, write `docs` and the picture beside it; returns the sentences."""
-    found: Board = {cell: board.run(cell) for cell in Track(cells_of(board.setting, defences), "scoreboard")}
+def run_board(
+    board: Scoreboard, defences: Sequence[str], docs: Path, command: str, only_found: bool = False
+) -> list[str]:
+    """Run what is missing of the grid, write `docs` and the picture beside it; returns the sentences.
+
+    Args:
+        board: with its folder of results.
+        defences: rows.
+        docs: the page.
+        command: what the page says it was written by.
+        only_found: run nothing and write what is measured so far.
+
+    Raises:
+        HftcoreError: `only_found`, and nothing is measured.
+    """
+    planned = cells_of(board.setting, defences)
+    results = ((cell, (board.found if only_found else board.run)(cell)) for cell in Track(planned, "scoreboard"))
+    found: Board = {cell: items for cell, items in results if items is not None}
+    if not found:
+        raise HftcoreError(f"nothing of this grid is measured in {board.out}; leave --only-found out to run it")
     judged = judge.measure(datasets.load("labelled-replies"))
     draw(found, docs.with_suffix(".png"))
-    text = page(found, command, board.cells.about, judged)
+    text = page(found, planned, command, board.cells.about, judged)
     with whole_file(docs) as draft:
         draft.write_text(f"{text}\n![FA over HS]({docs.with_suffix('.png').name})\n", encoding="utf-8")
     return read(found)
@@ -53,8 +72,16 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
     poison: Annotated[str, typer.Option(help="Poison ratios.")] = "0,0.05,0.1,0.2",
     strengths: Annotated[str, typer.Option(help="Epochs of the attack.")] = "1,2",
+    trained: Annotated[
+        str | None, typer.Option(help="Poison ratios of rows that train models of their own. [default: all]")
+    ] = None,
     size: Annotated[int, typer.Option(help="Training items of the user.")] = 480,
+    align_size: Annotated[int, typer.Option(help="Refusals that alignment learns from.")] = 300,
+    learning_rate: Annotated[float, typer.Option(help="Of alignment and fine-tuning.")] = 3e-3,
+    batch_size: Annotated[int, typer.Option(help="Of alignment and fine-tuning.")] = 8,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train under autocast and evaluate in bfloat16.")] = False,
     limit: Annotated[int, typer.Option(help="Items of each part of the evaluation.")] = 60,
+    only_found: Annotated[bool, typer.Option("--only-found", help="Run nothing: write what is measured.")] = False,
 ) -> None:
     """Run the scoreboard's grid."""
     unknown = [name for name in row or [] if name not in DEFENCES]
@@ -64,14 +91,25 @@ def main(
         tuple(float(part) for part in poison.split(",")),
         tuple(int(part) for part in strengths.split(",")),
         tuple(range(seeds)),
+        tuple(float(part) for part in trained.split(",")) if trained is not None else None,
         size,
+        align_size,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        bf16=bf16,
     )
-    suite = replace(load_suite("quick").limited(limit), documents=[], drift=[])
+    suite = replace(load_suite("quick").limited(limit), benign=[], documents=[], drift=[])
     suite = replace(suite, tasks={"FA": suite.tasks["FA"]})
     board = Scoreboard(base or str(embedded.prepare()), default_data(), suite, setting, out)
     names = list(dict.fromkeys(["SFT", *row])) if row else list(DEFENCES)
-    options = f"--seeds {seeds} --poison {poison} --strengths {strengths} --size {size} --limit {limit}"
-    for sentence in run_board(board, names, docs, f"python -m hftcore.bench.scoreboard {options} --out DIR"):
+    options = f"--seeds {seeds} --poison {poison} --strengths {strengths}"
+    options += f" --trained {trained}" if trained is not None else ""
+    options += f" --size {size} --align-size {align_size} --learning-rate {learning_rate:g} --batch-size {batch_size}"
+    options += f"{' --bf16' if bf16 else ''} --limit {limit}"
+    options += "".join(f" --row {shlex.quote(name)}" for name in row or [])
+    options += f" --base {Path(base).name}" if base is not None else ""
+    command = f"python -m hftcore.bench.scoreboard {options} --out DIR"
+    for sentence in run_board(board, names, docs, command, only_found):
         typer.echo(sentence)
 
 

@@ -1,6 +1,7 @@
 """The scoreboard on a miniature: one tiny random model, two cells; and what is read out of boards made by hand."""
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 from test_evaluate import word_tokenizer
@@ -60,6 +61,40 @@ def test_a_miniature_runs_writes_its_page_and_is_not_run_again(base, tmp_path, m
     assert len(json.loads((tmp_path / "out" / "scoreboard.json").read_text())["cells"]) == 4
 
 
+def test_only_what_is_found_is_written_and_nothing_is_run(base, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(command.datasets, "load", lambda name: [LabelledReply("a", "b", False)] * 2)
+    docs = tmp_path / "scoreboard.md"
+    board = Scoreboard(base, data(), SUITE, SETTING, tmp_path / "out")
+    with pytest.raises(HftcoreError, match="nothing of this grid is measured"):
+        command.run_board(board, ["SFT"], docs, "the command", only_found=True)
+    assert not docs.exists()
+    board.run(Cell("SFT", 0.2, 1, 0))
+    wider = Scoreboard(base, data(), SUITE, replace(SETTING, seeds=(0, 1)), tmp_path / "out")
+    monkeypatch.setattr(Scoreboard, "_train", lambda *_: pytest.fail("a missing cell is trained"))
+    command.run_board(wider, ["SFT", "Lisa"], docs, "the command", only_found=True)
+    text = docs.read_text()
+    assert "1 of 4 cells are measured" in text
+    assert "(1 of 2 seeds) |" in text
+    assert "| Lisa | – |" in text
+
+
+def test_a_smaller_alignment_and_bfloat16_reach_the_training(base, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    setting = replace(SETTING, align_size=2, bf16=True)
+    board = Scoreboard(base, data(), SUITE, setting, tmp_path / "out")
+    trained, loaded = [], []
+    plain, load = Scoreboard._datasets, scoreboard.load_model
+    monkeypatch.setattr(Scoreboard, "_datasets", lambda self, *a: trained.append(plain(self, *a)) or trained[-1])
+    monkeypatch.setattr(scoreboard, "load_model", lambda *a, **k: loaded.append(k["dtype"]) or load(*a, **k))
+    items = board.run(Cell("Lisa", 0.2, 1, 0))
+    assert [len(sets["train_dataset"]) for sets in trained] == [6, 10], "two refusals and four benign pairs; ten items"
+    assert len(trained[1]["alignment_dataset"]) == 2
+    assert loaded == ["float32", "float32", "bfloat16"], "both trainings, then the evaluation"
+    assert board.found(Cell("Lisa", 0.2, 1, 0)) == items
+
+
 def test_every_row_has_a_trainer_and_a_dose_that_exist():
     for name, row in DEFENCES.items():
         assert {row.align, row.tune} <= set(scoreboard.METHODS), name
@@ -80,6 +115,14 @@ def test_the_grid_is_balanced_by_seed_and_a_poison_it_cannot_pay_for_is_refused(
     cells = cells_of(Setting((0.0, 0.1), (1,), (0, 1)), ["SFT", "Lisa"])
     assert [cell.seed for cell in cells] == [0] * 4 + [1] * 4
     assert len(set(cells)) == 8
+    few = cells_of(Setting((0.0, 0.1), (1,), (0,), trained_ratios=(0.1,)), ["SFT", "Lisa", "random 0.1"])
+    assert [(cell.defence, cell.poison_ratio) for cell in few] == [
+        ("SFT", 0.0),
+        ("random 0.1", 0.0),
+        ("SFT", 0.1),
+        ("Lisa", 0.1),
+        ("random 0.1", 0.1),
+    ]
     with pytest.raises(HftcoreError, match="needs 20 harmful items, there are 6; lower size"):
         Scoreboard(base, data(), SUITE, Setting((0.2,), size=100), tmp_path)
 
@@ -102,10 +145,25 @@ def test_what_is_read_keeps_to_differences_beyond_the_noise():
     board = made(SFT=((2, 18), 16), Lisa=((2, 17), 16), Antidote=((2, 3), 6), random=((2, 18), 16), benign=((2, 3), 6))
     text = scoreboard_report.read(board)
     assert "HS of SFT by poison ratio is 10, 90 %, which rises as it should." in text[0]
-    assert "Lisa: no HS below SFT's beyond the noise." in text
-    assert "Antidote 0.1: HS below SFT's at p 0.2 × 1 (-75); FA below at p 0 × 1 (-50), p 0.2 × 1 (-50)." in text
-    assert "Antidote 0.1 against the null hypothesis random 0.1: lower HS in 1 of 2 attacks." in text
+    assert "Lisa: no HS that differs from SFT's beyond the noise." in text
+    assert "Antidote 0.1: HS below SFT's at p 0.2 × 1 (-75); FA below SFT's at p 0 × 1 (-50), p 0.2 × 1 (-50)." in text
+    assert "Antidote 0.1 against the null hypothesis random 0.1: HS lower in 1 and higher in 0 of 2 attacks." in text
     assert "Antidote 0.1 against the null hypothesis benign energies 0.1: no difference shown." in text
+
+
+def test_harm_above_that_of_plain_fine_tuning_is_said_too():
+    text = scoreboard_report.read(made(SFT=((2, 2), 6), Lisa=((2, 19), 16)))
+    assert "Lisa: HS above SFT's at p 0.2 × 1 (+85); FA above SFT's at p 0 × 1 (+50), p 0.2 × 1 (+50)." in text
+    assert "4 differences from SFT were looked at" in text[-1]
+
+
+def test_a_row_of_noise_is_called_broken():
+    board = made(SFT=((2, 18), 16), random=((0, 0), 16))
+    for cell in board:
+        if cell == Cell("random 0.1", 0.2, 1, cell.seed):
+            board[cell]["degenerate"] = [1.0] * 10 + [0.0] * 10
+    found = [sentence for sentence in scoreboard_report.read(board) if "broken" in sentence]
+    assert found == ["random 0.1 is broken at p 0.2 × 1 (50 %): that many replies are noise, so HS says nothing there."]
 
 
 def test_an_attack_that_does_not_hurt_is_called_unfit():
@@ -116,9 +174,16 @@ def test_the_page_marks_null_hypotheses_and_leaves_gaps_for_what_was_not_run():
     board = made(SFT=((2, 18), 16), random=((2, 18), 16))
     board.pop(Cell("random 0.1", 0.2, 1, 0))
     board.pop(Cell("random 0.1", 0.2, 1, 1))
+    board.pop(Cell("SFT", 0.2, 1, 1))
+    about = {"base": "m", "setting": asdict(Setting((0.0, 0.2), (1,), (0, 1), align_size=7))}
     judged = {"replies": 2, "accuracy": 1.0, "files": []}
-    text = scoreboard_report.page(board, "cmd", {"base": "m", "setting": {"size": 5}}, judged)
+    text = scoreboard_report.page(
+        board, cells_of(Setting((0.0, 0.2), (1,), (0, 1)), ["SFT", "random 0.1"]), "cmd", about, judged
+    )
     assert "| *random 0.1* (null) | HS 10 [0, 25], FA 80 [60, 95] | – |" in text
+    assert "FA 80 [60, 95] (1 of 2 seeds) |" in text
+    assert "5 of 8 cells are measured" in text
+    assert "7 harmful requests with refusals" in text
 
 
 def test_runs_that_differ_widen_the_interval():

@@ -44,6 +44,11 @@ class Defence:
     is_null: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def trains(self) -> bool:
+        """Whether it needs models of its own, which SFT's are not."""
+        return (self.align, self.tune) != ("sft", "sft")
+
 
 # papers' defaults; a post-stage dose for each attack is what `hftcore tune` is for
 DEFENCES: dict[str, Defence] = {
@@ -79,16 +84,30 @@ class Data:
 
 @dataclass(frozen=True)
 class Setting:
-    """The grid and the training. `strengths` are the attack's epochs."""
+    """The grid and the training.
+
+    Fields:
+        poison_ratios: shares of harmful items among the user's.
+        strengths: the attack's epochs.
+        seeds: of the user's data and fine-tuning.
+        trained_ratios: the poison ratios of rows that train models of their own; None for all. The others share those of SFT.
+        size: the user's training items.
+        align_size: harmful requests with refusals that alignment learns from, among twice as many benign pairs; None for all there are.
+        align_epochs: passes over them.
+        bf16: train under bfloat16 autocast and evaluate the base model in bfloat16; False for float32 throughout.
+    """
 
     poison_ratios: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2)
     strengths: tuple[int, ...] = (1, 2)
     seeds: tuple[int, ...] = (0, 1, 2)
+    trained_ratios: tuple[float, ...] | None = None
     size: int = 480
+    align_size: int | None = None
     align_epochs: int = 1
     learning_rate: float = 3e-3
     batch_size: int = 8
     max_length: int = 96
+    bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +128,7 @@ def cells_of(setting: Setting, defences: Sequence[str]) -> list[Cell]:
         for strength in setting.strengths
         for ratio in setting.poison_ratios
         for name in defences
+        if setting.trained_ratios is None or ratio in setting.trained_ratios or not DEFENCES[name].trains
     ]
 
 
@@ -128,34 +148,42 @@ class Scoreboard:
                 f"size {setting.size} with poison ratio {max(setting.poison_ratios)} needs {needed} harmful items, there are "
                 f"{len(set(data.attack_harmful))}; lower size"
             )
-        self.base, self.data, self.suite, self.setting, self.out = base, data, suite, setting, out
-        self._judge = judge.KeywordJudge()
+        self.base, self.data, self.setting, self.out = base, data, setting, out
+        self._parts = parts(suite, judge.KeywordJudge())
         self.cells = Cells(out / "scoreboard.json", {"base": base, "setting": asdict(setting)})
 
     def run(self, cell: Cell) -> Items:
         """The items of one cell: trained, defended, evaluated, or found."""
+        found = self.found(cell)
+        if found is not None:
+            return found
         defence = DEFENCES[cell.defence]
-        steps = parts(self.suite, self._judge)
-        recipes = [
-            asdict(cell) | {"row": asdict(defence), "training": self._training()} | step.recipe for step in steps
-        ]
         items: Items = {}
-        if not all(recipe in self.cells for recipe in recipes):
-            model, tokenizer = load_model(
-                self._attacked(defence, cell), dtype="float32", base=str(self._aligned(defence))
-            )
-            if defence.post is not None:
-                DOSES[defence.post].prepare(model, partial(self._defence_batches, tokenizer, defence))(defence.dose)
-            subject = Subject(model, tokenizer)
-            for step, recipe in zip(steps, recipes, strict=True):
-                self.cells.once(recipe, partial(step.measure, subject))
-        for recipe in recipes:
+        dtype = "bfloat16" if self.setting.bf16 else "float32"
+        model, tokenizer = load_model(self._attacked(defence, cell), dtype=dtype, base=str(self._aligned(defence)))
+        if defence.post is not None:
+            DOSES[defence.post].prepare(model, partial(self._defence_batches, tokenizer, defence))(defence.dose)
+        subject = Subject(model, tokenizer)
+        for step, recipe in zip(self._parts, self._recipes(cell), strict=True):
+            items |= self.cells.once(recipe, partial(step.measure, subject))
+        return items
+
+    def found(self, cell: Cell) -> Items | None:
+        """The items of a cell that was measured before; None where a part is missing."""
+        items: Items = {}
+        for recipe in self._recipes(cell):
+            if recipe not in self.cells:
+                return None
             items |= self.cells.once(recipe, dict)
         return items
 
+    def _recipes(self, cell: Cell) -> list[dict[str, Any]]:
+        row = asdict(DEFENCES[cell.defence])
+        return [asdict(cell) | {"row": row, "training": self._training()} | part.recipe for part in self._parts]
+
     def _training(self) -> dict[str, Any]:
         """What every trained model of this board depends on."""
-        grid = ("poison_ratios", "strengths", "seeds")
+        grid = ("poison_ratios", "strengths", "seeds", "trained_ratios")
         setting = {name: value for name, value in asdict(self.setting).items() if name not in grid}
         return {"base": self.base, "lora": PAPERS_LORA, "data": key_of(asdict(self.data)), **setting}
 
@@ -164,7 +192,7 @@ class Scoreboard:
         settings = dict(defence.settings.get("align", {}))
         target = self._place("aligned", {"method": defence.align, "settings": settings})
         if not target.exists():
-            refusals = demo_data.refusal_pairs(self.data.align_harmful)
+            refusals = demo_data.refusal_pairs(self._align_harmful())
             pairs = refusals + self.data.align_benign[: 2 * len(refusals)]
             epochs = self.setting.align_epochs
             model, tokenizer = self._train(defence.align, self.base, pairs, epochs, 0, settings)
@@ -183,6 +211,9 @@ class Scoreboard:
             model, tokenizer = self._train(defence.tune, str(aligned), pairs, cell.strength, cell.seed, settings)
             save_model(model, tokenizer, target)
         return target
+
+    def _align_harmful(self) -> list[str]:
+        return self.data.align_harmful[: self.setting.align_size]
 
     def _place(self, stage: str, recipe: dict[str, Any]) -> Path:
         return self.out / "models" / f"{stage}-{key_of(recipe | self._training())}"
@@ -211,6 +242,7 @@ class Scoreboard:
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
+                bf16=self.setting.bf16,
                 use_cpu=next(model.parameters()).device.type == "cpu",
                 **settings,
             )
@@ -226,7 +258,7 @@ class Scoreboard:
         def ready(some: list[Pair]) -> list[Any]:
             return tokenize(samples(some), tokenizer, self.setting.max_length)
 
-        refusals = demo_data.refusal_pairs(self.data.align_harmful)
+        refusals = demo_data.refusal_pairs(self._align_harmful())
         known = {
             "harmful_dataset": demo_data.stub_pairs(self.data.defend_harmful),
             "alignment_dataset": refusals,
@@ -234,7 +266,7 @@ class Scoreboard:
         }
         data = {name: ready(known[name]) for name in METHODS[method].datasets}
         if is_paired:
-            stubs = demo_data.stub_pairs(self.data.align_harmful)
+            stubs = demo_data.stub_pairs(self._align_harmful())
             return data | {"train_dataset": pair_samples(ready(refusals), ready(stubs))}
         return data | {"train_dataset": ready(pairs)}
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 import hftcore
 from hftcore.bindings.checkpoints.edits import apply_edit, revert_edit
-from hftcore.bindings.checkpoints.job import prune_streamed, streams
+from hftcore.bindings.checkpoints.job import calibrate_offloaded, offloads, prune_streamed, streams
 from hftcore.bindings.jobs import Job, Loaded, batches_of, open_plain, open_to_prune
 from hftcore.bindings.models_io import save_model
 from hftcore.bindings.output import check_output
@@ -26,8 +26,9 @@ Result = dict[str, Any]
 
 def run_calibrate(job: Job) -> Result:
     """Measure the input energies of a model's layers and save them."""
-    loaded = open_plain(job)
-    energy = _calibrate(job, loaded, job.targets or "all-linear")
+    targets = job.targets or "all-linear"
+    offloaded = offloads(job, prunes=False)
+    energy = calibrate_offloaded(job, targets, True) if offloaded else _calibrate(job, open_plain(job), targets)
     with _writing(job.out):
         energy.save(job.out)
     return {
@@ -43,9 +44,11 @@ def run_wanda(job: Job, pattern: Pattern, sequential: bool) -> Result:
     """Prune a model by Wanda's score and save it, or only the Edit."""
     if sequential and (job.energy or job.score != "wanda"):
         raise HftcoreError("--sequential calibrates as it prunes: it needs --data, --score wanda and no --energy")
+    targets = job.targets or "all-linear"
+    if offloads(job, prunes=True, sequential=sequential):
+        return _stream(job, pattern, {}, calibrate_offloaded(job, targets))
     if not sequential and streams(job):
         return _stream(job, pattern, {})
-    targets = job.targets or "all-linear"
     loaded = open_to_prune(job, targets)
     model, energy = loaded.model, loaded.energy
     options = {"reference": loaded.reference, "score": job.score, "seed": job.seed, "exclude": job.exclude}
@@ -65,11 +68,13 @@ def run_wanda(job: Job, pattern: Pattern, sequential: bool) -> Result:
 
 def run_antidote(job: Job, dense_ratio: float) -> Result:
     """Remove a fine-tuned model's weights that matter most for harmful data, and save it, or only the Edit."""
-    if streams(job):
+    offloaded = offloads(job, prunes=True)
+    if offloaded or streams(job):
         if job.reference is None:
             warnings.warn(FULL_WEIGHTS, stacklevel=2)
         recipe = {"method": "antidote", "dense_ratio": dense_ratio}
-        return _stream(job, Pattern(dense_ratio, remove="highest"), recipe)
+        energy = calibrate_offloaded(job, job.targets or "all-linear") if offloaded else None
+        return _stream(job, Pattern(dense_ratio, remove="highest"), recipe, energy)
     loaded = open_to_prune(job, job.targets)
     harmful: Any = loaded.energy
     if harmful is None and job.score == "wanda":
@@ -115,9 +120,9 @@ def _calibrate(job: Job, loaded: Loaded, targets: Targets) -> Energy:
         )
 
 
-def _stream(job: Job, pattern: Pattern, recipe: dict[str, Any]) -> Result:
+def _stream(job: Job, pattern: Pattern, recipe: dict[str, Any], measured: Energy | None = None) -> Result:
     with job.timed("prune"), _writing(job.out):
-        edit = prune_streamed(job, pattern, recipe)
+        edit = prune_streamed(job, pattern, recipe, measured)
     return {"out": str(job.out), "edit_only": job.edit_only, "merged": False, **_counts(edit), "seconds": job.seconds}
 
 

@@ -10,7 +10,15 @@ from typing import Any, Literal
 import torch
 
 from hftcore.bindings.data import Sample, load_samples, make_batches
-from hftcore.bindings.models_io import find_base, is_adapter, load_model, merged, refuse_base_weights
+from hftcore.bindings.models_io import (
+    find_base,
+    find_folder,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    merged,
+    refuse_base_weights,
+)
 from hftcore.bindings.output import check_output
 from hftcore.bindings.progress import Track
 from hftcore.defenses.antidote import default_targets
@@ -41,6 +49,7 @@ class Job:
     score: Literal["wanda", "magnitude", "random"] = "wanda"
     seed: int = 0
     edit_only: bool = False
+    offload: bool | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -68,6 +77,13 @@ def open_plain(job: Job) -> Loaded:
     samples = load_samples(str(job.data))
     with job.timed("load"):
         return Loaded(*load_model(job.model, job.device, job.dtype, job.base), samples)
+
+
+def open_data(job: Job, is_file: bool) -> Loaded:
+    """The data alone, with the tokenizer, for a model that is not loaded as a whole; `is_file` as for `check_output`."""
+    check_output(job.out, _sources(job), "--out", is_file=is_file)
+    samples = load_samples(str(job.data))
+    return Loaded(None, load_tokenizer([find_folder(job.model)]), samples)
 
 
 def open_to_prune(job: Job, targets: Targets | None) -> Loaded:

@@ -1,6 +1,6 @@
 """Run one block of a model at a time on all batches, inside the model's own forward pass."""
 
-from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -43,7 +43,7 @@ class BlockRuns:
         runner: the model or its body.
         members: its blocks, in their order.
         batches: as in `calibrate`; all of them are held on the model's device.
-        hidden: an empty list, or what else is to hold the hidden states that a block returned, one tensor for each batch.
+        hidden: holds the hidden states that a block returned, under the number of each batch; empty at first.
         remedy: what errors tell the user to use instead.
 
     Raises:
@@ -55,7 +55,7 @@ class BlockRuns:
         runner: nn.Module,
         members: Sequence[nn.Module],
         batches: Iterable[Batch],
-        hidden: MutableSequence[Tensor],
+        hidden: dict[int, Tensor],
         remedy: str,
     ):
         self.runner, self.members, self.hidden, self.remedy = runner, members, hidden, remedy
@@ -128,10 +128,7 @@ class BlockRuns:
         output = forward(*args, **kwargs)
         if self.keeps:
             x, rest = (output, None) if isinstance(output, Tensor) else (output[0], output[1:])
-            if len(self.hidden) == self.number:
-                self.hidden.append(x)
-            else:
-                self.hidden[self.number] = x
+            self.hidden[self.number] = x
             self.rests[self.number] = rest
             if self.number == 0:
                 self.idle[index] = _mapped(_unknown, rest)

@@ -43,7 +43,7 @@ def blockwise_energy(
     last = max(index for index, home in enumerate(homes) if home)
     runner = runs_without_head(model, layers)
     with evaluating(model):
-        runs = BlockRuns(runner, members, batches, [], "sequential=False")
+        runs = BlockRuns(runner, members, batches, {}, "sequential=False")
         runs.check_order()
         for index, home in enumerate(homes[: last + 1]):
             if home:

@@ -91,6 +91,14 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Samples in a forward pass."
 Seed = Annotated[int, typer.Option(help="Seed of the random score.")]
 ScoreBy = Annotated[Score, typer.Option("--score", help="wanda, or a baseline that needs no data.")]
 EditOnly = Annotated[bool, typer.Option("--edit-only", help="Write the Edit only, not the model.")]
+Offload = Annotated[
+    bool | None,
+    typer.Option(
+        "--offload/--no-offload",
+        help="Measure block by block from the model's files, in the memory of two blocks. "
+        "[default: if the model does not fit into memory]",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

@@ -22,6 +22,7 @@ from hftcore.bindings.cli.options import (
     MaxLength,
     Model,
     NumSamples,
+    Offload,
     Out,
     Reference,
     Remove,
@@ -50,6 +51,7 @@ def calibrate(
     base: Base = None,
     device: Device = None,
     dtype: LoadDType = DType.auto,
+    offload: Offload = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the input energies of a model's layers."""
@@ -69,6 +71,7 @@ def calibrate(
         num_samples=num_calibration_samples,
         max_length=max_seq_length,
         batch_size=batch_size,
+        offload=offload,
     )
     result = run_calibrate(job)
     counted = f"{result['layers']} layers, {result['tokens']:,} tokens of {result['samples']:,} samples"
@@ -107,6 +110,7 @@ def wanda(
     base: Base = None,
     device: Device = None,
     dtype: LoadDType = DType.auto,
+    offload: Offload = None,
     edit_only: EditOnly = False,
     as_json: AsJson = False,
 ) -> None:
@@ -133,6 +137,7 @@ def wanda(
         score=score.value,
         seed=seed,
         edit_only=edit_only,
+        offload=offload,
     )
     result = run_wanda(job, pattern, sequential)
     emit(result, as_json, _pruned(result))
@@ -183,6 +188,7 @@ def antidote(
     base: Base = None,
     device: Device = None,
     dtype: LoadDType = DType.auto,
+    offload: Offload = None,
     edit_only: EditOnly = False,
     adapters: Adapters = None,
     workers: Workers = 1,
@@ -216,8 +222,11 @@ def antidote(
         score=score.value,
         seed=seed,
         edit_only=edit_only,
+        offload=offload,
     )
     if adapters:
+        if offload:
+            raise typer.BadParameter("--offload measures one model, --adapters one for each adapter: choose one")
         repair_adapters(job, dense_ratio, [*adapters, *(more or [])], workers, on_ray, resume, as_json)
         return
     result = run_antidote(job, dense_ratio)

@@ -496,6 +496,11 @@ def test_usage_errors_of_the_program_are_one_line_and_code_2():
     assert done.stderr.count("\n") == 1
 
 
+def test_the_program_tells_its_version():
+    done = in_process("", "--version")
+    assert (done.returncode, done.stdout.strip()) == (0, hftcore.__version__)
+
+
 def test_the_command_line_itself_imports_nothing_heavy():
     code = (
         "import sys, hftcore; before = set(sys.modules); import hftcore.bindings.cli.app; "

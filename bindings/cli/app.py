@@ -4,6 +4,9 @@ A command is a plain function in a module of its own beside this one: typer read
 (`options.py` holds the shared ones), it imports the library inside, and a line in `COMMANDS` adds it.
 """
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from hftcore.bindings.cli.data import data
@@ -35,12 +38,28 @@ COMMANDS = (
 
 app = typer.Typer(
     name="hftcore",
-    help="Defend language models against harmful fine-tuning: prune, train, measure.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(version("hftcore"))
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    is_asked: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Defend language models against harmful fine-tuning: prune, train, measure."""
+
+
 for command in COMMANDS:
     app.command()(reported(command))
 app.add_typer(data)

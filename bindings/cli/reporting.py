@@ -19,7 +19,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             try:
                 command(*args, **kwargs)
             except KeyboardInterrupt:
-                typer.echo("interrupted; no output was left behind", err=True)
+                typer.echo("interrupted", err=True)
                 raise typer.Exit(130) from None
             except Exception as error:
                 # typer's own errors know how to show themselves

@@ -14,10 +14,12 @@ import typer
 
 from hftcore.bindings import datasets, embedded
 from hftcore.bindings.demo import data as demo_data
+from hftcore.bindings.demo.run import ADAPTERS
 from hftcore.bindings.evaluation import judge
 from hftcore.bindings.evaluation.scoreboard import DEFENCES, Data, Scoreboard, Setting, cells_of
 from hftcore.bindings.evaluation.scoreboard_report import Board, draw, page, read
 from hftcore.bindings.evaluation.suites import load_suite
+from hftcore.bindings.models_io import load_model, merged, save_model
 from hftcore.bindings.progress import Track
 from hftcore.errors import HftcoreError
 from hftcore.files import whole_file
@@ -34,6 +36,15 @@ def default_data() -> Data:
         parts.defend_harmful,
         parts.defend_benign,
     )
+
+
+def aligned_model(out: Path) -> Path:
+    """The embedded model with the demo's aligned adapter merged, in a folder of `out`."""
+    target = out / "SmolLM2-135M-Instruct-aligned"
+    if not target.exists():
+        model, tokenizer = load_model(ADAPTERS / "aligned", dtype="float32", base=str(embedded.prepare()))
+        save_model(merged(model), tokenizer, target)
+    return target
 
 
 def run_board(
@@ -68,6 +79,9 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for results and trained models; continued where it stopped.")],
     docs: Annotated[Path, typer.Option(help="Page to write; the picture lies beside it.")] = Path("docs/scoreboard.md"),
     base: Annotated[str | None, typer.Option(help="Model before alignment. [default: the embedded one]")] = None,
+    aligned: Annotated[
+        bool, typer.Option("--aligned", help="Begin with the embedded model that the demo's adapter has aligned.")
+    ] = False,
     row: Annotated[list[str] | None, typer.Option(help="Only this row; repeat for more. SFT is always there.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
     poison: Annotated[str, typer.Option(help="Poison ratios.")] = "0,0.05,0.1,0.2",
@@ -79,11 +93,14 @@ def main(
     align_size: Annotated[int, typer.Option(help="Refusals that alignment learns from.")] = 300,
     learning_rate: Annotated[float, typer.Option(help="Of alignment and fine-tuning.")] = 3e-3,
     batch_size: Annotated[int, typer.Option(help="Of alignment and fine-tuning.")] = 8,
+    lora_alpha: Annotated[int, typer.Option(help="Of every adapter; the rest is the papers'.")] = 4,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train under autocast and evaluate in bfloat16.")] = False,
     limit: Annotated[int, typer.Option(help="Items of each part of the evaluation.")] = 60,
     only_found: Annotated[bool, typer.Option("--only-found", help="Run nothing: write what is measured.")] = False,
 ) -> None:
     """Run the scoreboard's grid."""
+    if base is not None and aligned:
+        raise typer.BadParameter("--base and --aligned both say where to begin; give one of them")
     unknown = [name for name in row or [] if name not in DEFENCES]
     if unknown:
         raise typer.BadParameter(f"--row must be one of {', '.join(DEFENCES)}; got {unknown[0]!r}")
@@ -96,18 +113,21 @@ def main(
         align_size,
         learning_rate=learning_rate,
         batch_size=batch_size,
+        lora_alpha=lora_alpha,
         bf16=bf16,
     )
     suite = replace(load_suite("quick").limited(limit), benign=[], documents=[], drift=[])
     suite = replace(suite, tasks={"FA": suite.tasks["FA"]})
-    board = Scoreboard(base or str(embedded.prepare()), default_data(), suite, setting, out)
+    start = base or str(aligned_model(out) if aligned else embedded.prepare())
+    board = Scoreboard(start, default_data(), suite, setting, out)
     names = list(dict.fromkeys(["SFT", *row])) if row else list(DEFENCES)
     options = f"--seeds {seeds} --poison {poison} --strengths {strengths}"
     options += f" --trained {trained}" if trained is not None else ""
     options += f" --size {size} --align-size {align_size} --learning-rate {learning_rate:g} --batch-size {batch_size}"
+    options += f" --lora-alpha {lora_alpha}"
     options += f"{' --bf16' if bf16 else ''} --limit {limit}"
     options += "".join(f" --row {shlex.quote(name)}" for name in row or [])
-    options += f" --base {Path(base).name}" if base is not None else ""
+    options += f" --base {Path(base).name}" if base is not None else " --aligned" if aligned else ""
     command = f"python -m hftcore.bench.scoreboard {options} --out DIR"
     for sentence in run_board(board, names, docs, command, only_found):
         typer.echo(sentence)

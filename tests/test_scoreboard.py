@@ -4,8 +4,11 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import torch
+import typer
 from test_evaluate import word_tokenizer
 from tiny_models import tiny_model
+from typer.testing import CliRunner
 
 from hftcore.bench import scoreboard as command
 from hftcore.bindings.datasets import LabelledReply, Pair
@@ -13,7 +16,7 @@ from hftcore.bindings.evaluation import metrics, scoreboard, scoreboard_report
 from hftcore.bindings.evaluation.scoreboard import DEFENCES, Cell, Data, Scoreboard, Setting, cells_of
 from hftcore.bindings.evaluation.suites import Suite
 from hftcore.bindings.evaluation.tasks import Task
-from hftcore.bindings.models_io import save_model
+from hftcore.bindings.models_io import load_model, save_model
 from hftcore.errors import HftcoreError
 
 SETTING = Setting((0.2,), (1,), (0,), size=10, batch_size=5, max_length=40)
@@ -82,7 +85,7 @@ def test_only_what_is_found_is_written_and_nothing_is_run(base, tmp_path, monkey
 
 def test_a_smaller_alignment_and_bfloat16_reach_the_training(base, tmp_path, monkeypatch):
     pytest.importorskip("peft")
-    setting = replace(SETTING, align_size=2, bf16=True)
+    setting = replace(SETTING, align_size=2, lora_alpha=64, bf16=True)
     board = Scoreboard(base, data(), SUITE, setting, tmp_path / "out")
     trained, loaded = [], []
     plain, load = Scoreboard._datasets, scoreboard.load_model
@@ -93,6 +96,49 @@ def test_a_smaller_alignment_and_bfloat16_reach_the_training(base, tmp_path, mon
     assert len(trained[1]["alignment_dataset"]) == 2
     assert loaded == ["float32", "float32", "bfloat16"], "both trainings, then the evaluation"
     assert board.found(Cell("Lisa", 0.2, 1, 0)) == items
+    adapter = next((tmp_path / "out" / "models").glob("tuned-*/adapter_config.json"))
+    assert json.loads(adapter.read_text())["lora_alpha"] == 64
+
+
+def test_the_command_line_is_written_as_it_was_given(base, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(command.embedded, "prepare", lambda: base)
+    monkeypatch.setattr(command, "default_data", data)
+    monkeypatch.setattr(command, "load_suite", lambda name: replace(SUITE, benign=["w3"], documents=["w4"]))
+    monkeypatch.setattr(command, "run_board", lambda *arguments: seen.append(arguments) or ["a sentence"])
+    app = typer.Typer()
+    app.command()(command.main)
+    given = "--seeds 2 --poison 0,0.2 --strengths 1 --trained 0.2 --size 10 --align-size 4 --learning-rate 0.0005 "
+    given += "--batch-size 2 --lora-alpha 8 --bf16 --limit 1 --row Lisa"
+    result = CliRunner().invoke(app, [*given.split(), "--row", "adapter × 0.2", "--out", str(tmp_path)])
+    assert result.output == "a sentence\n"
+    board, names, docs, line, only_found = seen[0]
+    assert line == f"python -m hftcore.bench.scoreboard {given} --row 'adapter × 0.2' --out DIR"
+    assert board.setting == Setting(
+        (0.0, 0.2), (1,), (0, 1), (0.2,), 10, 4, learning_rate=5e-4, batch_size=2, lora_alpha=8, bf16=True
+    )
+    assert (names, docs.name, only_found) == (["SFT", "Lisa", "adapter × 0.2"], "scoreboard.md", False)
+    refused = CliRunner().invoke(app, ["--out", str(tmp_path), "--base", base, "--aligned"])
+    assert refused.exit_code == 2
+    assert len(seen) == 1
+
+
+def test_the_aligned_start_is_the_base_with_the_adapter_merged_and_made_once(base, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.ones_(parameter)
+    save_model(model, word_tokenizer(), tmp_path / "adapters" / "aligned")
+    monkeypatch.setattr(command, "ADAPTERS", tmp_path / "adapters")
+    monkeypatch.setattr(command.embedded, "prepare", lambda: base)
+    folder = command.aligned_model(tmp_path / "out")
+    found, wanted = load_model(folder)[0].state_dict(), model.merge_and_unload().state_dict()
+    assert not (folder / "adapter_config.json").exists()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value)
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("made again"))
+    assert command.aligned_model(tmp_path / "out") == folder
 
 
 def test_every_row_has_a_trainer_and_a_dose_that_exist():

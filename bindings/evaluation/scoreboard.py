@@ -94,6 +94,7 @@ class Setting:
         size: the user's training items.
         align_size: harmful requests with refusals that alignment learns from, among twice as many benign pairs; None for all there are.
         align_epochs: passes over them.
+        lora_alpha: of every adapter, whose other settings are the papers'.
         bf16: train under bfloat16 autocast and evaluate the base model in bfloat16; False for float32 throughout.
     """
 
@@ -107,7 +108,13 @@ class Setting:
     learning_rate: float = 3e-3
     batch_size: int = 8
     max_length: int = 96
+    lora_alpha: int = 4
     bf16: bool = False
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        """Settings of `peft.LoraConfig`."""
+        return PAPERS_LORA | {"lora_alpha": self.lora_alpha}
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ class Scoreboard:
         """What every trained model of this board depends on."""
         grid = ("poison_ratios", "strengths", "seeds", "trained_ratios")
         setting = {name: value for name, value in asdict(self.setting).items() if name not in grid}
-        return {"base": self.base, "lora": PAPERS_LORA, "data": key_of(asdict(self.data)), **setting}
+        return {"base": self.base, "lora": self.setting.lora, "data": key_of(asdict(self.data)), **setting}
 
     def _aligned(self, defence: Defence) -> Path:
         """The folder of the aligned model; alignment has one seed, the user's data and fine-tuning have those of the grid."""
@@ -228,8 +235,7 @@ class Scoreboard:
         trainer_class, config_class = METHODS[method].load()
         model, tokenizer = load_model(start, dtype="float32")
         set_seed(seed)
-        lora: dict[str, Any] = dict(PAPERS_LORA)
-        model = get_peft_model(model, LoraConfig(**lora))
+        model = get_peft_model(model, LoraConfig(**self.setting.lora))
         with tempfile.TemporaryDirectory() as folder:
             args = config_class(
                 output_dir=folder,

@@ -132,9 +132,9 @@ def page(
 
 def _terms(board: Board, about: Mapping[str, Any], seeds: Sequence[int]) -> list[str]:
     """What was trained and asked."""
-    setting, rank, alpha = about["setting"], PAPERS_LORA["r"], PAPERS_LORA["lora_alpha"]
+    setting, rank = about["setting"], PAPERS_LORA["r"]
     return [
-        f"- Model: {Path(about['base']).name}. Every stage trains LoRA r {rank}, alpha {alpha} on q/k/v, learning rate "
+        f"- Model: {Path(about['base']).name}. Every stage trains LoRA r {rank}, alpha {setting['lora_alpha']} on q/k/v, learning rate "
         f"{setting['learning_rate']:g}, batch {setting['batch_size']}, {'bfloat16 autocast' if setting['bf16'] else 'float32'}.",
         f"- Alignment: {setting['align_size'] or 'all'} harmful requests with refusals among twice as many benign pairs, "
         f"{_epochs(setting['align_epochs'])}, one seed. Immunization and RepNoise learn from pairs of answers: the requests alone, "

@@ -3,6 +3,7 @@
 import torch
 
 from hftcore.bench import peers
+from hftcore.bench.defences import DEFENCES, defence_job
 from hftcore.bench.job import LAYERS, Case
 from hftcore.bench.models import LARGE
 from hftcore.bench.samples import logprobs_job, logprobs_work, norms_job, norms_work
@@ -117,6 +118,16 @@ CASES: dict[str, Case] = {
             dtypes=FLOAT32,
         )
         for name, step in STEPS.items()
+    },
+    **{
+        f"step {name}": Case(
+            about=f"{defence.about}: update and AdamW, against that of plain fine-tuning",
+            shapes=("tiny-llama", "small-llama T128"),
+            work=None,
+            prepare=defence_job(defence),
+            dtypes=FLOAT32,
+        )
+        for name, defence in DEFENCES.items()
     },
     **{
         name: Case(

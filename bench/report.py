@@ -6,6 +6,7 @@ from typing import Any
 
 from hftcore.bench.cases import CASES
 from hftcore.bench.ceiling import COPY, IN_PLACE, MATMUL, OP, READ, share
+from hftcore.bench.defences import SFT_STEP
 from hftcore.bench.measure import OURS
 from hftcore.bench.scaling import SWEEPS, bend, exponent
 from hftcore.bench.steps import PLAIN_STEP
@@ -14,7 +15,7 @@ from hftcore.bench.timing import NOISY_CANARY, NOISY_NEIGHBOURS, median_interval
 from hftcore.bench.whole import PLAIN
 
 Lines = list[dict[str, Any]]
-CEILINGS = (IN_PLACE, READ, COPY, MATMUL, OP, PLAIN, PLAIN_STEP)
+CEILINGS = (IN_PLACE, READ, COPY, MATMUL, OP, PLAIN, PLAIN_STEP, SFT_STEP)
 
 
 def report(lines: Lines, source: str, plots: Sequence[tuple[str, str]] = ()) -> str:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hftcore.bench.ceiling import IN_PLACE, READ, share
+from hftcore.bench.defences import DEFENCES, SFT_STEP
 from hftcore.bench.measure import OURS
 from hftcore.bench.steps import PLAIN_STEP
 from hftcore.bench.timing import paired
 from hftcore.bench.whole import BARE, PLAIN
 
-Quantity = Literal["ratio", "speedup", "difference_us", "share", "extra_mb", "extra_ratio"]
+Quantity = Literal["ratio", "speedup", "difference_us", "share", "extra_mb", "extra_ratio", "more_mb"]
 Find = Callable[[str], "dict[str, Any] | None"]  # variant -> its measurement in the case the target is about
 
 
@@ -21,7 +22,7 @@ class Target:
     Fields:
         quantity: "ratio" is our time over that of `against`, "speedup" its time over ours, "difference_us" ours minus its in
             microseconds, "share" that of the ceiling in percent, "extra_mb" our peak memory above the start in megabytes, "extra_ratio"
-            that over the peak of `against`.
+            that over the peak of `against`, "more_mb" that minus the peak of `against`.
         limit: at most this; for "speedup" and "share" at least.
         threads: the promise is for so many threads; None for any.
     """
@@ -47,6 +48,7 @@ class Target:
             "difference_us": f"at most {self.limit:g} us above {self.against}",
             "share": f"at least {self.limit:g} % of the ceiling",
             "extra_mb": f"less than {self.limit:g} MB of extra memory",
+            "more_mb": f"at most {self.limit:g} MB of extra memory beyond {self.against}",
             "extra_ratio": f"at most {self.limit:g} x the extra memory of {self.against}",
         }
         return f"{self.case} {self.shape} {self.dtype}: {words[self.quantity]}"
@@ -58,9 +60,11 @@ class Target:
             return []
         if self.quantity == "extra_mb":
             return [] if ours["extra_bytes"] is None else [ours["extra_bytes"] / 1e6]
-        if self.quantity == "extra_ratio":
+        if self.quantity in ("extra_ratio", "more_mb"):
             extra = (ours["extra_bytes"], other["extra_bytes"] if other else None)
-            return [extra[0] / extra[1]] if extra[0] is not None and extra[1] else []
+            if extra[0] is None or not extra[1]:
+                return []
+            return [extra[0] / extra[1] if self.quantity == "extra_ratio" else (extra[0] - extra[1]) / 1e6]
         if self.quantity == "share":
             part = share(ours, find)
             return [] if part is None else [100 * part]
@@ -103,6 +107,8 @@ def _gpu(case: str, shape: str, quantity: Quantity, limit: float, against: str =
     return Target(case, shape, "bfloat16", quantity, limit, against, device="cuda", threads=None)
 
 
+TWO_COPIES_MB = 2 * 4 * 33.7  # of the 33.7 million weights of small-llama
+
 TARGETS: tuple[Target, ...] = (
     *_in_place("prune_rows", "float32", 3),
     *_in_place("prune_rows", "bfloat16", 4),
@@ -127,6 +133,16 @@ TARGETS: tuple[Target, ...] = (
         Target(f"step LoRA r{rank} grad norms", f"small-llama T{length}", "float32", "ratio", 1.05, PLAIN_STEP)
         for rank in (8, 32)
         for length in (128, 512)
+    ),
+    *(
+        Target(f"step {name}", "small-llama T128", "float32", "ratio", defence.most, SFT_STEP)
+        for name, defence in DEFENCES.items()
+        if defence.most is not None
+    ),
+    *(
+        Target(f"step {name}", "small-llama T128", "float32", "more_mb", TWO_COPIES_MB, SFT_STEP)
+        for name, defence in DEFENCES.items()
+        if not defence.ending
     ),
     # 5 % of the float32 logits of 4 x 128 tokens and a vocabulary of 49,152
     Target("sequence_logprobs", "smollm2.head", "float32", "extra_mb", 5.03),

@@ -431,6 +431,24 @@ def test_reading_likelihoods_leaves_the_model_as_it_was():
     assert [m.training for m in model.modules()] == before[1]
 
 
+def test_a_model_aligned_in_bf16_before_still_shares_its_prompts(tmp_path):
+    """accelerate leaves autocast around the forward of a model that it trained, which rounds as no change of logits would."""
+    model, rows = tiny_model("llama"), samples(4, seed=6)
+    options = {"max_steps": 1, "bf16": True, "per_device_train_batch_size": 4}
+    AntibodyAlignTrainer(
+        model,
+        config(tmp_path, AntibodyAlignConfig, **options),
+        train_dataset=rows,
+        harmful_dataset=rows,
+        refusals=REFUSAL_IDS,
+    ).train()
+    args = config(tmp_path, AntibodyConfig, **options)
+    trainer = AntibodyTrainer(model, args, train_dataset=rows, refusals=REFUSAL_IDS)
+    assert trainer.likelihoods.obstacle is None
+    assert trainer.likelihoods.head is not None
+    assert math.isfinite(trainer.train().training_loss)
+
+
 def weights_by_hand(model, rows, tau, score, scale):
     """The fine-tuning loss of section 3.3, sample by sample."""
     pairs = [parts(row) for row in rows]

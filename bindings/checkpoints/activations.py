@@ -58,7 +58,7 @@ class Activations(dict[int, Tensor]):
 
     def _mapped(self, x: Tensor) -> Tensor:
         """Room for `x` in the file, as one axis."""
-        content = x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        content = x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         try:
             if self.file is None:
                 self.file = tempfile.TemporaryFile(  # noqa: SIM115 (until `close`)

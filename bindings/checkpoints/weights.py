@@ -78,7 +78,7 @@ def build_model(folder: Path, stored: Mapping[str, StoredTensor], dtype: str, de
     Raises:
         HftcoreError: what `load_skeleton` raises.
     """
-    skeleton = load_skeleton(folder)
+    skeleton: Any = load_skeleton(folder)
     kind = find_dtype(skeleton.config, stored) if dtype == "auto" else getattr(torch, dtype)
     named = {**dict(skeleton.named_parameters()), **_saved_buffers(skeleton)}
     state = {
@@ -142,12 +142,12 @@ def find_parts(model: nn.Module, modules: Collection[nn.Module], stored: Mapping
                     values[id(value)] = value
     parts: list[Part] = []
     position = 0
-    for key, value in values.items():
-        pieces = find_pieces(names[key], value.shape, False, stored)
+    for mark, value in values.items():
+        pieces = find_pieces(names[mark], value.shape, False, stored)
         # a loaded model maps its files, and sums may depend on where a tensor starts
         offset = pieces[0].start % ALIGNMENT if _lies_as_it_is(pieces, value.dtype) else 0
         position += (offset - position) % ALIGNMENT
-        parts.append(Part(places[key], tuple(value.shape), value.dtype, pieces, position))
+        parts.append(Part(places[mark], tuple(value.shape), value.dtype, pieces, position))
         position = parts[-1].stop
     return parts
 
@@ -195,7 +195,7 @@ def _lies_as_it_is(pieces: Sequence[Piece], dtype: torch.dtype) -> bool:
 
 
 def _read_bytes(piece: Piece, rows: Tensor) -> None:
-    left = memoryview(rows.reshape(-1).view(torch.uint8).numpy())
+    left = rows.reshape(-1).view(torch.uint8).numpy().data
     with piece.file.open("rb", buffering=0) as file:
         file.seek(piece.start)
         while len(left):

@@ -13,6 +13,7 @@ from hftcore.capture import Meter
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
 from hftcore.layers import Layer, Targets, body, find_layers
+from hftcore.ranks import add_up_, together
 
 Batch = Mapping[str, Any]
 Progress = Callable[[Iterable[Batch]], Iterable[Batch]]
@@ -26,6 +27,7 @@ def calibrate(
     tokens: str = "all",
     average: str = "sum",
     progress: Progress | None = None,
+    group: Any = None,
 ) -> Energy:
     """Energies of the model's layers over all batches.
 
@@ -39,9 +41,13 @@ def calibrate(
         tokens: "all", or "response" to count only positions whose label is not -100.
         average: "sum", or "sample-norm" (see `capture_energy`).
         progress: wraps the iterable of batches, as `tqdm` does.
+        group: of torch.distributed (`torch.distributed.group.WORLD`: all processes); each of them makes the call with the whole
+            model and its own batches, perhaps none, and gets the sum over all of them: `energy_0 + energy_1 + ...` bit for bit.
+            None: this process alone.
 
     Raises:
-        HftcoreError: no batch, or no counted token; and what `capture_energy` raises.
+        HftcoreError: no batch, or no counted token; and what `capture_energy` raises. With a group, what goes wrong on one
+            process is raised on all.
         NonFiniteError: a layer's input is not finite.
 
     Warns of layers and experts that saw no token: their energy is zero, so nothing is known about their weights.
@@ -52,16 +58,20 @@ def calibrate(
     >>> calibrate(nn.Linear(2, 1), [{"input": torch.tensor([[3.0, 1.0], [4.0, 1.0]])}])[""]
     tensor([25.,  2.])
     """
-    layers = find_layers(model, targets, exclude)
-    meter = Meter(layers, tokens, average)
-    runner = runs_without_head(model, layers)
-    # not inference_mode: its tensors do not tell when they change, and shared inputs are recognised by that
-    with evaluating(model), torch.no_grad(), meter.hooked(model):
-        for inputs, arguments in prepared(runner, batches, progress):
-            meter.begin(inputs)
-            runner(**arguments)
-            meter.end()
-    meter.finish()
+    with together(group):
+        layers = find_layers(model, targets, exclude)
+        meter = Meter(layers, tokens, average)
+        runner = runs_without_head(model, layers)
+        # not inference_mode: its tensors do not tell when they change, and shared inputs are recognised by that
+        with evaluating(model), torch.no_grad(), meter.hooked(model):
+            for inputs, arguments in prepared(runner, batches, progress):
+                meter.begin(inputs)
+                runner(**arguments)
+                meter.end()
+    if group is not None:
+        add_up_(meter.energy, group)
+    with together(group):
+        meter.finish()
     check_counts(meter.energy, tokens)
     return meter.energy
 

@@ -2,7 +2,7 @@
 
 Each process keeps its rows, its columns or its experts of a matrix and learns its part of the mask. What travels are counts: a
 histogram of 2,048 bins for each pass over a matrix or a model, and for rows cut by columns 31 counts a row; never weights or scores.
-A process that dies ends the others by the process group's own timeout, before anything is changed.
+A process that dies ends the others with an error, at the latest after the group's timeout, before anything is changed.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,10 @@ from hftcore import checks, ops
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels.reference import FINITE, keys, pack
 from hftcore.pattern import Pattern
+from hftcore.ranks import gather, reduce, together
 from hftcore.selection import Part, find_threshold, first_ties
 
-Cutting = Literal["rows", "columns"]
+Cutting = Literal["rows", "columns", "whole"]
 
 BAND = 1 << 20  # scores in memory at a time
 
@@ -33,7 +34,7 @@ class Shard:
         weight: [m, n] float32, bfloat16 or float16; may be empty.
         energy: [n] float32, of these columns.
         cut: "rows": the ranks hold rows one below the other (fused experts too, seen as [E * M, N], whatever their matrices);
-            "columns": columns side by side.
+            "columns": columns side by side; "whole": each process holds all of it.
         reference: of the shape of `weight`, or None.
     """
 
@@ -67,7 +68,7 @@ def sharded_mask(shard: Shard, pattern: Pattern | str, group: Any = None) -> Ten
     if pattern.scope == "matrix":
         return _group_masks([shard], pattern, group)[0]
     _refuse_nonfinite([shard], group)
-    if shard.cut == "rows" or pattern.group is not None:
+    if shard.cut != "columns" or pattern.group is not None:
         return ops.prune_mask(shard.weight, shard.energy, pattern, shard.reference)
     return _mask_of_cut_rows(shard, pattern, group)
 
@@ -95,11 +96,13 @@ def sharded_masks(shards: Sequence[Shard], pattern: Pattern | str, group: Any = 
 
 def _group_masks(shards: Sequence[Shard], pattern: Pattern, group: Any) -> list[Tensor]:
     """Masks under one threshold: histograms are added up, and ties counted in the order of position."""
-    reduce = partial(_reduce, group)
-    sizes = [(shard.weight.shape[0], shard.weight.shape[1]) for shard in shards]
-    total = reduce(torch.tensor([sum(rows * columns for rows, columns in sizes)]), "sum")
+    add = partial(reduce, group)
+    # what all hold counts once
+    counted = [shard for shard in shards if shard.cut != "whole" or dist.get_rank(group) == 0]
+    sizes = [(shard.weight.shape[0], shard.weight.shape[1]) for shard in counted]
+    total = add(torch.tensor([sum(rows * columns for rows, columns in sizes)]), "sum")
     count, invert = pattern.low_count(int(total))
-    found = find_threshold([shard.part for shard in shards], sizes, count, reduce)
+    found = find_threshold([shard.part for shard in counted], sizes, count, add)
     need, masks = found.need, []
     for shard in shards:
         part = shard.part()
@@ -118,12 +121,14 @@ def _group_masks(shards: Sequence[Shard], pattern: Pattern, group: Any) -> list[
 def _share(ties: Tensor, need: int, cut: Cutting, group: Any) -> tuple[Tensor, int]:
     """(how many of the first `need` ties of a matrix lie in each row of this process, how many ties there are)."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    if cut == "whole":
+        return first_ties(ties, need), int(ties.sum())
     if cut == "columns":
         # row-major order goes through the ranks once in every row
-        everyone = _gather(ties, group)
+        everyone = gather(ties, group)
         of_all = first_ties(everyone.t().flatten(), need).view(len(ties), ranks)
         return of_all[:, rank], int(everyone.sum())
-    totals = _gather(ties.sum().view(1), group).flatten()
+    totals = gather(ties.sum().view(1), group).flatten()
     return first_ties(ties, max(0, need - int(totals[:rank].sum()))), int(totals.sum())
 
 
@@ -131,7 +136,7 @@ def _mask_of_cut_rows(shard: Shard, pattern: Pattern, group: Any) -> Tensor:
     """Scope "row" across columns on several processes: each row's threshold by bisection of its 31 bits, all rows of a band at once."""
     rank = dist.get_rank(group)
     rows, columns = shard.weight.shape
-    widths = _gather(torch.tensor([columns]), group).flatten()
+    widths = gather(torch.tensor([columns]), group).flatten()
     count, invert = pattern.low_count(int(widths.sum()))
     norm = checks.norm(shard.energy, shard.weight)
     mask = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=shard.weight.device)
@@ -143,12 +148,12 @@ def _mask_of_cut_rows(shard: Shard, pattern: Pattern, group: Any) -> Tensor:
         high = torch.full_like(low, FINITE - 1)
         for _ in range(31):
             middle = (low + high) // 2
-            reached = _reduce(group, (key <= middle.to(key.device)[:, None]).sum(1).cpu(), "sum") >= count
+            reached = reduce(group, (key <= middle.to(key.device)[:, None]).sum(1).cpu(), "sum") >= count
             low, high = torch.where(reached, low, middle + 1), torch.where(reached, middle, high)
         threshold = low.to(key.device)[:, None]
         below, tie = key < threshold, key == threshold
-        ties = _gather(tie.sum(1).cpu(), group)
-        need = count - _reduce(group, below.sum(1).cpu(), "sum") - ties[:rank].sum(0)
+        ties = gather(tie.sum(1).cpu(), group)
+        need = count - reduce(group, below.sum(1).cpu(), "sum") - ties[:rank].sum(0)
         chosen = below | (tie & (tie.cumsum(1) <= need.to(key.device)[:, None]))
         mask[band] = pack(chosen ^ invert)
     return mask
@@ -156,50 +161,30 @@ def _mask_of_cut_rows(shard: Shard, pattern: Pattern, group: Any) -> Tensor:
 
 def _check(shard: Shard, pattern: Pattern, group: Any) -> None:
     """Refuse on every process what does not fit on one."""
+    with together(group):
+        if shard.cut not in ("rows", "columns", "whole"):
+            raise HftcoreError(f"cut must be 'rows', 'columns' or 'whole', got {shard.cut!r}")
+        if hasattr(shard.weight, "to_local"):
+            raise HftcoreError("weight is a DTensor; hftcore.dtensors.shard_of gives what this process holds of it")
+        checks.weight(shard.weight, shard.reference)
+        checks.norm(shard.energy, shard.weight)
+        if pattern.block is not None:
+            raise HftcoreError("block is not there for sharded weights; leave it out, or gather the matrix")
     rows, columns = shard.weight.shape
-    if shard.cut not in ("rows", "columns"):
-        raise HftcoreError(f"cut must be 'rows' or 'columns', got {shard.cut!r}")
-    checks.weight(shard.weight, shard.reference)
-    if pattern.block is not None:
-        raise HftcoreError("block is not there for sharded weights; leave it out, or gather the matrix")
     name, shared = ("rows", rows) if shard.cut == "columns" else ("columns", columns)
-    least, most = (int(_reduce(group, torch.tensor([shared]), which)) for which in ("min", "max"))
+    least, most = (int(reduce(group, torch.tensor([shared]), which)) for which in ("min", "max"))
     if least != most:
         raise HftcoreError(f"shards cut by {shard.cut} must have the same number of {name}, got {least} to {most}")
     if pattern.group is not None:
         m = pattern.group[1]
-        if int(_reduce(group, torch.tensor([columns % m]), "max")):
+        if int(reduce(group, torch.tensor([columns % m]), "max")):
             raise HftcoreError(f"sparsity {pattern.sparsity!r} needs columns in groups of {m} on every process")
 
 
 def _refuse_nonfinite(shards: Sequence[Shard], group: Any) -> None:
     bad = sum(int(shard.part().call("nonfinite")) for shard in shards)
-    if total := int(_reduce(group, torch.tensor([bad]), "sum")):
+    if total := int(reduce(group, torch.tensor([bad]), "sum")):
         raise NonFiniteError(
             f"weight has {total} scores that are NaN or infinite, {bad} of them on this process; repair the weights or "
             "calibrate again"
         )
-
-
-def _reduce(group: Any, numbers: Tensor, which: str) -> Tensor:
-    """All processes' numbers, added up or compared element by element, on the CPU."""
-    carried = numbers.to(_carrier(group), copy=True)
-    dist.all_reduce(
-        carried, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[which], group
-    )
-    return carried.cpu()
-
-
-def _gather(numbers: Tensor, group: Any) -> Tensor:
-    """[ranks, ...]: the numbers of each process, in the order of their ranks, on the CPU."""
-    carried = numbers.contiguous().to(_carrier(group))
-    everyone = [torch.zeros_like(carried) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, carried, group)
-    return torch.stack(everyone).cpu()
-
-
-def _carrier(group: Any) -> torch.device:
-    """Where the group's backend takes tensors."""
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    )

@@ -1,17 +1,24 @@
-"""Selection on shards is selection on the whole, bit for bit, on every number of processes."""
+"""Selection and calibration on several processes are those on one, bit for bit; one that fails or dies ends all."""
 
+import copy
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from hftcore import HftcoreError, NonFiniteError, Pattern, ops
+import hftcore
+from hftcore import Energy, HftcoreError, NonFiniteError, Pattern, ops
 from hftcore.distributed import Shard, sharded_mask, sharded_masks
+from hftcore.ranks import add_up_
 from hftcore.selection import Part, find_cut
 
 RANKS = 4
@@ -95,12 +102,176 @@ def check_refusals(rank, group):
         ((Shard(torch.ones(4, 6), torch.ones(6), "columns"), "2:4"), "groups of 4 on every process"),
         ((Shard(weight, torch.ones(8), "rows"), Pattern("50%", block=(2, 2))), "block is not there"),
         ((Shard(weight, torch.ones(8), "rows"), "0.5 model"), "sharded_masks"),
-        ((Shard(weight, torch.ones(8), "diagonal"), "50%"), "'rows' or 'columns'"),
+        ((Shard(weight, torch.ones(8), "diagonal"), "50%"), "'rows', 'columns' or 'whole'"),
+        ((Shard(weight, torch.ones(8 - (rank == 2)), "rows"), "50%"), "energy must be"),
     ]:
         with pytest.raises(HftcoreError, match=message):
             sharded_mask(*arguments, group)
     with pytest.raises(HftcoreError, match='needs scope "model"'):
         sharded_masks([], "50%", group)
+
+
+def network():
+    """The same on every process, with matrices that are cut evenly, unevenly and into fewer pieces than ranks."""
+    torch.manual_seed(0)
+    layers = nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 3, bias=False), nn.ReLU(), nn.Linear(3, 16)
+    model = nn.Sequential(*layers).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter * 20).round() / 10)  # many ties
+    return model
+
+
+def batches_of(rank, count=3):
+    seed = torch.Generator().manual_seed(rank)
+    return [{"input": torch.randn(2, 5, 16, generator=seed)} for _ in range(count)]
+
+
+def same_bits(one, other):
+    return dict.keys(dict(one)) == dict.keys(dict(other)) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def check_calibration(rank, group):
+    ranks = dist.get_world_size(group)
+    counts = {other: 0 if ranks > 1 and other == 1 else 3 - other % 2 for other in range(ranks)}
+    whole, *others = [hftcore.calibrate(network(), batches_of(other, n)) for other, n in counts.items() if n]
+    for other in others:
+        whole = whole + other
+    found = hftcore.calibrate(network(), batches_of(rank, counts[rank]), group=group)
+    assert same_bits(found, whole)
+    assert (found.tokens, found.samples) == (whole.tokens, whole.samples)
+    # means over samples are no sums of means: they come from the sums of all
+    together = [one for other in range(ranks) for one in batches_of(other, counts[other])]
+    mean = hftcore.calibrate(network(), together, average="sample-norm")
+    found = hftcore.calibrate(network(), batches_of(rank, counts[rank]), average="sample-norm", group=group)
+    assert all(torch.allclose(found[name], mean[name], rtol=1e-5) for name in mean)
+
+
+def check_adding(rank, group):
+    ranks = dist.get_world_size(group)
+    each = [Energy({"e": torch.full((2, 3), 0.1 + r)}, r, 1, {"e": torch.tensor([r, 1])}) for r in range(ranks)]
+    whole = each[0]
+    for other in each[1:]:
+        whole = whole + other
+    add_up_(each[rank], group)
+    assert same_bits(each[rank], whole)
+    assert (each[rank].tokens, each[rank].samples) == (whole.tokens, whole.samples)
+    assert torch.equal(each[rank].expert_tokens["e"], whole.expert_tokens["e"])
+
+
+def check_calibration_failures(rank, group):
+    """What is wrong on one process is raised on all, and they can go on."""
+
+    def breaking():
+        yield from batches_of(rank)
+        raise KeyError("no such row")
+
+    spoiled = batches_of(rank)
+    if rank == 2:
+        spoiled[1]["input"][0, 0, 3] = float("nan")
+    told = "the input of layer '0'" if rank == 2 else "process 2 of the group failed: the input of layer '0'"
+    with pytest.raises(NonFiniteError, match=told):
+        hftcore.calibrate(network(), spoiled, group=group)
+    kind, told = (
+        (KeyError, "row") if rank == 1 else (HftcoreError, "process 1 of the group failed: KeyError: 'no such row'")
+    )
+    with pytest.raises(kind, match=told):
+        hftcore.calibrate(network(), breaking() if rank == 1 else batches_of(rank), group=group)
+    with pytest.raises(HftcoreError, match="hold no token"):
+        hftcore.calibrate(network(), [], group=group)
+    targets = ["0"] if rank == 3 else ["0", "2"]
+    with pytest.raises(HftcoreError, match=r"same layers; process [03] differs in \['2'\]"):
+        hftcore.calibrate(network(), batches_of(rank), targets, group=group)
+    check_calibration(rank, group)
+
+
+def check_dtensors(rank, group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+    from torch.distributed.tensor import Shard as Cut
+
+    from hftcore.dtensors import shard_of
+
+    line, plane = init_device_mesh("cpu", (RANKS,)), init_device_mesh("cpu", (2, 2))
+    placings = [(line, [Cut(0)]), (line, [Cut(1)]), (line, [Replicate()])]
+    placings += [(plane, [Replicate(), Cut(0)]), (plane, [Cut(1), Replicate()]), (plane, [Replicate(), Replicate()])]
+    for seed, pattern in enumerate(["50%", "0.1 row highest", "0.3 matrix", "0.9 matrix highest", "2:4"]):
+        whole, energy, reference = matrices(random.Random(seed), torch.bfloat16)
+        if pattern == "2:4":
+            whole, energy, reference = torch.cat([whole] * 4, 1), energy.repeat(4), None
+        wanted = ops.unpack_mask(ops.prune_mask(whole, energy, pattern, reference), whole.shape[1])
+        for mesh, placements in placings:
+            weight = distribute_tensor(whole, mesh, placements)
+            other = None if reference is None else distribute_tensor(reference, mesh, placements)
+            shard, over = shard_of(weight, energy, other)
+            assert shard.weight.data_ptr() == weight.to_local().data_ptr()
+            found = ops.unpack_mask(sharded_mask(shard, pattern, over), shard.weight.shape[1])
+            mine = distribute_tensor(wanted.to(torch.uint8), mesh, placements).to_local().bool()
+            assert torch.equal(found, mine), (pattern, placements, rank)
+    square = torch.ones(8, 8)
+    for mesh, placements in [(plane, [Cut(0), Cut(1)]), (plane, [Cut(0), Cut(0)]), (line, [Partial()])]:
+        weight = DTensor.from_local(square, mesh, placements, run_check=False)
+        with pytest.raises(HftcoreError, match="over one dimension of its mesh"):
+            shard_of(weight, torch.ones(weight.shape[1]))
+    weight = distribute_tensor(square, line, [Cut(0)])
+    with pytest.raises(HftcoreError, match="reference must be placed as weight"):
+        shard_of(weight, torch.ones(8), square)
+    with pytest.raises(HftcoreError, match="each of the 8 columns"):
+        shard_of(weight, torch.ones(2))
+    with pytest.raises(HftcoreError, match="DTensor"):
+        sharded_mask(Shard(weight, torch.ones(8), "rows"), "50%", group)
+
+
+def sharded_network():
+    """The network with a layer under FSDP2, one cut by columns as tensor parallelism does, and one whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard as Cut
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, model = init_device_mesh("cpu", (dist.get_world_size(),)), network()
+    fully_shard(model[0], mesh=mesh)
+    model[2].weight = nn.Parameter(distribute_tensor(model[2].weight.detach(), mesh, [Cut(1)]))
+    return model
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def check_pruning(rank, group):
+    from hftcore.dtensors import prune_sharded
+
+    energy = hftcore.calibrate(network(), batches_of(0))
+    for pattern in ("50%", "0.2 matrix highest", "0.4 model", "0.05 model highest"):
+        plain, model = network(), sharded_network()
+        hftcore.prune(plain, energy, Pattern.of(pattern))
+        masks = prune_sharded(model, energy, pattern)
+        assert sorted(masks) == ["0.weight", "2.weight", "4.weight"]
+        for (name, wanted), (_, found) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+            assert torch.equal(full(found), wanted), (pattern, name)
+    model = fully_sharded()
+    x = batches_of(0)[0]["input"]
+    hftcore.prune(plain := network(), energy, Pattern("50%"))
+    prune_sharded(model, energy, "50%")
+    assert torch.equal(model(x), plain(x))
+    model = sharded_network()
+    before = [full(parameter).clone() for parameter in model.parameters()]
+    if rank == 1:
+        energy["4"][1] = float("nan")
+    with pytest.raises(NonFiniteError):
+        prune_sharded(model, energy, "50%")
+    assert all(torch.equal(full(now), then) for now, then in zip(model.parameters(), before, strict=True))
+
+
+def fully_sharded():
+    from torch.distributed.fsdp import fully_shard
+
+    model = network()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    return fully_shard(model)
 
 
 def work(rank, port):
@@ -114,35 +285,103 @@ def work(rank, port):
                 check_matrix(seed * 10 + ranks, PATTERNS[seed % len(PATTERNS)], rank, group)
             for seed, pattern in enumerate(["0.3 model", "0.05 model highest", "0 model", "1 model", "0.5 model"]):
                 check_model(seed, pattern, rank, group)
-    check_refusals(rank, groups[RANKS])
+            check_calibration(rank, group)
+            check_adding(rank, group)
+    for check in (check_refusals, check_calibration_failures, check_dtensors, check_pruning):
+        check(rank, groups[RANKS])
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without distributed")
-def test_selection_on_shards_is_selection_on_the_whole():
+TIMEOUT = 10.0  # seconds the processes wait for each other
+
+
+def mourn(rank, port, stage):
+    """What each process does while one of them ends or stops half way; the others must say so soon, and have changed nothing."""
+    from hftcore import distributed
+    from hftcore.dtensors import prune_sharded
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=3, timeout=timedelta(seconds=120))
+    group = dist.new_group(range(3), timeout=timedelta(seconds=TIMEOUT))
+    energy = hftcore.calibrate(network(), batches_of(0))
+    model = sharded_network()
+    before = copy.deepcopy({name: getattr(value, "_local_tensor", value) for name, value in model.named_parameters()})
+    kind, victim = (signal.SIGSTOP if stage == "stops" else signal.SIGKILL), 0 if stage == "selection" else 1
+
+    def fall(items, after):
+        for number, item in enumerate(items):
+            if rank == victim and number == after:
+                os.kill(os.getpid(), kind)
+            yield item
+
+    began = time.monotonic()
+    with pytest.raises(HftcoreError, match="another process of the group is gone, or did not answer"):  # noqa: PT012
+        if stage == "selection":
+            reduce, calls = distributed.reduce, fall(iter(int, 1), 30)
+            distributed.reduce = lambda *args: (next(calls), reduce(*args))[1]
+            prune_sharded(model, energy, "50%")
+        else:
+            hftcore.calibrate(network(), fall(batches_of(rank), 2), group=group)
+    assert time.monotonic() - began < 6 * TIMEOUT
+    assert all(
+        torch.equal(getattr(value, "_local_tensor", value), before[name]) for name, value in model.named_parameters()
+    )
+    print("told", flush=True)
+    os._exit(0)  # the group cannot be left in order without the one that is gone
+
+
+def start(ranks, *arguments):
+    """Run this file in so many processes; yields them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    started = [
+    return [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(port)],
+            [sys.executable, __file__, str(rank), str(port), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
+            text=True,
         )
-        for rank in range(RANKS)
+        for rank in range(ranks)
     ]
+
+
+def end(processes):
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without distributed")
+def test_several_processes_do_what_one_does():
+    started = start(RANKS)
     try:
-        said = [process.communicate(timeout=200)[1].decode() for process in started]
+        said = [process.communicate(timeout=200)[1] for process in started]
     finally:
-        for process in started:
-            process.kill()
-            process.wait()
+        end(started)
     for process, errors in zip(started, said, strict=True):
         assert process.returncode == 0, errors[-3000:]
 
 
+@pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without distributed")
+@pytest.mark.parametrize("stage", ["calibration", "selection", "stops"])
+def test_a_process_that_dies_or_stops_ends_the_others_with_an_error(stage):
+    started = start(3, stage)
+    victim = 0 if stage == "selection" else 1
+    try:
+        for process in started[:victim] + started[victim + 1 :]:
+            text, errors = process.communicate(timeout=200)
+            assert (process.returncode, text.split()) == (0, ["told"]), errors[-3000:]
+    finally:
+        end(started)
+    assert started[victim].returncode == -signal.SIGKILL
+
+
 if __name__ == "__main__":
-    work(int(sys.argv[1]), int(sys.argv[2]))
+    if len(sys.argv) == 3:
+        work(int(sys.argv[1]), int(sys.argv[2]))
+    else:
+        mourn(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

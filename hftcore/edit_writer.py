@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from hftcore.direct import DirectWriter
-from hftcore.edit import CONFIG, TENSORS, config_text
+from hftcore.edit import CONFIG, TENSORS, Edit, TensorEdit, config_text
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 # the order in which the safetensors library lays out tensors: by descending dtype, then by name
@@ -92,7 +93,7 @@ class EditWriter:
         described = {
             name: {
                 "shape": list(slot.shape),
-                "dtype": str(slot.dtype).removeprefix("torch."),
+                "dtype": _name(slot.dtype),
                 "transposed": slot.transposed,
                 "changed": slot.changed,
                 "fingerprint_before": fingerprints[name][0],
@@ -101,7 +102,28 @@ class EditWriter:
             for name, slot in self.slots.items()
         }
         (self._folder / CONFIG).write_text(config_text(recipe, described), encoding="utf-8")
-        return [self.file, self._folder / CONFIG]
+        return [*self.settle(), self._folder / CONFIG]
+
+    def edit(self, recipe: dict[str, Any], fingerprints: dict[str, tuple[str, str]]) -> Edit:
+        """What `Edit.load` gives for the finished folder, without counting the marks of every mask on the disk."""
+        with safe_open(self.file, framework="pt") as stored:
+            entries = {
+                name: TensorEdit(
+                    slot.shape,
+                    _name(slot.dtype),
+                    slot.transposed,
+                    stored.get_tensor(f"{name}.mask"),
+                    stored.get_tensor(f"{name}.before"),
+                    stored.get_tensor(f"{name}.after") if slot.has_after else None,
+                    *fingerprints[name],
+                )
+                for name, slot in self.slots.items()
+            }
+        return Edit(entries, recipe)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _layout(slots: dict[str, Slot]) -> tuple[dict[str, tuple[int, int]], bytes, int]:

@@ -14,7 +14,7 @@ from hftcore.bindings.checkpoints.pieces import Piece
 from hftcore.errors import HftcoreError
 
 # bytes read at a time: what is read, ranked, hashed and written soon after each other stays in the cache of the processor
-BLOCK = 1 << 22
+BLOCK = 1 << 23
 
 
 class Blocks:

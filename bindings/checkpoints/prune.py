@@ -91,10 +91,10 @@ def prune_folder(
         slots = {layer.tensor: _slot(layer, pieces[layer.tensor], selection, others is not None) for layer in layers}
         with EditWriter(work.folder if edit_only else work.folder / EDIT, slots) as writer:
             changed = [piece for of in pieces.values() for piece in of]
-            _write(folders[0], stored, work, writer, selection, changed, told, edit_only)
+            edit = _write(folders[0], stored, work, writer, selection, changed, told, edit_only)
     if idle:
         _tell(idle, pattern)
-    return Edit.load(target if edit_only else target / EDIT)
+    return edit
 
 
 def _write(
@@ -106,8 +106,8 @@ def _write(
     pieces: Sequence[Piece],
     recipe: dict[str, Any],
     edit_only: bool,
-) -> None:
-    """Fill the Edit and, unless only that is wanted, write the model."""
+) -> Edit:
+    """Fill the Edit, which is returned, and write the model unless only the Edit is wanted."""
     starts: dict[Piece, int] = {}
     filled: dict[str, int] = {}
     for piece in pieces:
@@ -137,13 +137,14 @@ def _write(
     if edit_only:
         change_only(stored, work, changes, writer.settle)
         work.finish("edit", None, writer.finish(recipe, fingerprints))
-        return
+        return writer.edit(recipe, fingerprints)
     files = rewrite_files(source, stored, work, changes, writer.settle, keeps_edit=False)
     written = writer.finish(recipe, fingerprints)
     # its fingerprints vouch for the values: to read them again would take as long as to write them
     files[f"{EDIT}/{TENSORS}"] = {"bytes": writer.file.stat().st_size}
     files[f"{EDIT}/{CONFIG}"] = describe(work.folder / EDIT / CONFIG)
     work.finish("manifest", None, [*written, write_manifest(work.folder, files, EDIT)])
+    return writer.edit(recipe, fingerprints)
 
 
 def _layers(

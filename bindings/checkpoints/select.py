@@ -1,7 +1,7 @@
 """Which weights of a checkpoint's pieces a pattern removes, block by block, with the same bits as in memory."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,17 +15,54 @@ from hftcore.selection import Part, Threshold, find_threshold, first_ties
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What one pass counted in a piece: of `bins` keys from `low` on, `counts` have the numbers `places` - 1; place 0 is below them."""
+
+    low: int
+    bins: int
+    places: Tensor
+    counts: Tensor
+
+    def below(self, key: int) -> tuple[int, int]:
+        """How many weights have lower keys, and how many have just this one, which is among the bins."""
+        place = 1 + key - self.low
+        return int(self.counts[self.places < place].sum()), int(self.counts[self.places == place].sum())
+
+
+@dataclass(frozen=True)
+class Counted(Part):
+    """A part whose last histogram of single keys stays in `seen`, without its zeros: a model may have many thousand pieces."""
+
+    seen: list[Seen] = field(default_factory=list)
+
+    def call(self, op: str, *args: Any) -> Tensor:
+        result = super().call(op, *args)
+        if op == "score_histogram" and args[1] == 0:
+            places = result[:-2].nonzero().flatten()
+            self.seen[:] = [Seen(args[0], args[2], places.int(), result[places])]
+        return result
+
+
+@dataclass(frozen=True)
 class Source:
-    """A piece, the energy [columns] of its inputs, and the piece of the reference that stands for it."""
+    """A piece, the energy [columns] of its inputs, and the piece of the reference that stands for it; `seen` as in `Counted`."""
 
     piece: Piece
     energy: Tensor
     reference: Piece | None = None
+    seen: list[Seen] = field(default_factory=list, compare=False)
 
-    def part(self) -> Part:
+    def part(self) -> "Counted":
         """The whole piece, mapped."""
         weight = self.piece.weight()
-        return Part(weight, checks.norm(self.energy, weight), self.other(slice(None)))
+        return Counted(weight, checks.norm(self.energy, weight), self.other(slice(None)), self.seen)
+
+    def below(self, key: int) -> tuple[int, int]:
+        """How many of the piece's weights have lower keys than the threshold that was found, and how many have just this key."""
+        if not self.seen or not self.seen[0].low <= key < self.seen[0].low + self.seen[0].bins:
+            # nothing or everything is removed, which takes no second look
+            self.part().call("score_histogram", key, 0, 256)
+        return self.seen[0].below(key)
 
     def other(self, rows: slice) -> Tensor | None:
         """Those rows of the reference, mapped."""
@@ -135,8 +172,7 @@ class Selection:
             found = self._threshold(group)
             need = found.need
             for source in group:
-                counts = source.part().call("score_histogram", found.key, 0, 256).cpu()
-                below, ties = int(counts[0]), int(counts[1])
+                below, ties = source.below(found.key)
                 mine = min(need, ties)
                 need -= mine
                 plan[_key(source.piece)] = [found.key, mine, ties, below + mine]

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from hftcore.bindings.checkpoints.offload import calibrate_folder
+from hftcore.bindings.checkpoints.pieces import find_pieces
 from hftcore.bindings.checkpoints.prune import prune_folder
+from hftcore.bindings.checkpoints.skeleton import load_skeleton
 from hftcore.bindings.checkpoints.stored import list_tensors
 from hftcore.bindings.jobs import Job, batches_of, open_data
 from hftcore.bindings.memory import available_memory
@@ -17,7 +19,7 @@ from hftcore.bindings.output import check_output
 from hftcore.edit import Edit
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
-from hftcore.layers import Targets
+from hftcore.layers import Targets, find_layers
 from hftcore.pattern import Pattern
 
 log = logging.getLogger("hftcore")
@@ -78,6 +80,8 @@ def offloads(job: Job, prunes: bool, sequential: bool = False) -> bool:
 def calibrate_offloaded(job: Job, targets: Targets, is_file: bool = False) -> Energy:
     """Measure the model of a job for which `offloads` is true; `is_file` says whether `out` is to be a file."""
     loaded = open_data(job, is_file)
+    if not is_file:
+        _check_prunable(job, targets)
     # hidden states that memory has no room for go where the result will lie
     scratch = next(parent for parent in job.out.absolute().parents if parent.exists())
     with job.timed("calibrate"):
@@ -110,6 +114,20 @@ def _obstacle(job: Job, prunes: bool, sequential: bool) -> str | None:
                 "(merge_and_unload, then save_pretrained), or leave --offload out"
             )
     return None
+
+
+def _check_prunable(job: Job, targets: Targets) -> None:
+    """Refuse before the long part what `prune_folder` would refuse after it."""
+    layers = find_layers(load_skeleton(find_folder(job.model)), targets, job.exclude)
+    for name, path in (("MODEL", job.model), ("--reference", job.reference)):
+        if path is None:
+            continue
+        stored = list_tensors(find_folder(path, name))
+        for layer in layers:
+            try:
+                find_pieces(layer.tensor, getattr(layer.module, layer.parameter).shape, layer.transposed, stored)
+            except HftcoreError as error:
+                raise HftcoreError(f"{name} {path}: {error}") from error
 
 
 def _fits(job: Job) -> bool:

@@ -158,9 +158,11 @@ def filled(parts: Sequence[Part], tensors: Sequence[Tensor]) -> Iterator[None]:
     before = [[held[key] for held, key in part.places] for part in parts]
     try:
         for part, tensor in zip(parts, tensors, strict=True):
+            held, key = part.places[0]
+            # tied places hold one parameter
+            value = nn.Parameter(tensor, requires_grad=False) if isinstance(held[key], nn.Parameter) else tensor
             for held, key in part.places:
-                is_parameter = isinstance(held[key], nn.Parameter)
-                held[key] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+                held[key] = value
         yield
     finally:
         for part, values in zip(parts, before, strict=True):

@@ -40,7 +40,8 @@ def processes(work: Work, tasks: Iterable[Task], workers: int) -> Iterator[Line]
     crew: list[_Worker] = []
     dismissed: list[_Worker] = []
     try:
-        crew += [_Worker(work, task) for task in islice(left, workers)]
+        for task in islice(left, workers):
+            crew.append(_Worker(work, task))
         while crew:
             ready = wait([worker.connection for worker in crew])
             for worker in [worker for worker in crew if worker.connection in ready]:

@@ -17,6 +17,7 @@ from hftcore.bench.selection import (
     prune_job,
 )
 from hftcore.bench.steps import STEPS, step_job
+from hftcore.bench.streaming import MOST, streaming_job
 from hftcore.bench.whole import JOBS, dispatch_job, model_job
 from hftcore.pattern import Pattern
 
@@ -128,6 +129,16 @@ CASES: dict[str, Case] = {
             dtypes=FLOAT32,
         )
         for name, defence in DEFENCES.items()
+    },
+    **{
+        f"streaming prune, {scope} scope": Case(
+            about=f"prune_folder, 50 %, scope {scope}, on the files, against one plain copy of them",
+            shapes=("tiny-llama", "llama-1b"),
+            work=None,
+            prepare=streaming_job(scope),
+            dtypes=(torch.bfloat16,),
+        )
+        for scope in MOST
     },
     **{
         name: Case(

@@ -47,6 +47,7 @@ SHAPES: dict[str, tuple[int, ...]] = LAYERS | {
     "small-llama T512": (8, 512),
     "smollm2": (64, 128),
     "smollm2-short": (8, 128),
+    "llama-1b": (8, 128),
     "llama-3-8b": (8, 512),
     "qwen3-moe": (8, 512),
     "dispatch": (4, 64),

@@ -29,6 +29,15 @@ LLAMAS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 2048,
     },
+    "llama-1b": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    },
     "llama-3-8b": {
         "vocab_size": 128256,
         "hidden_size": 4096,

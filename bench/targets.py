@@ -8,6 +8,7 @@ from hftcore.bench.ceiling import IN_PLACE, READ, share
 from hftcore.bench.defences import DEFENCES, SFT_STEP
 from hftcore.bench.measure import OURS
 from hftcore.bench.steps import PLAIN_STEP
+from hftcore.bench.streaming import COPY, MOST
 from hftcore.bench.timing import paired
 from hftcore.bench.whole import BARE, PLAIN
 
@@ -143,6 +144,10 @@ TARGETS: tuple[Target, ...] = (
         Target(f"step {name}", "small-llama T128", "float32", "more_mb", TWO_COPIES_MB, SFT_STEP)
         for name, defence in DEFENCES.items()
         if not defence.ending
+    ),
+    *(
+        Target(f"streaming prune, {scope} scope", "llama-1b", "bfloat16", "ratio", most, COPY, threads=None)
+        for scope, most in MOST.items()
     ),
     # 5 % of the float32 logits of 4 x 128 tokens and a vocabulary of 49,152
     Target("sequence_logprobs", "smollm2.head", "float32", "extra_mb", 5.03),

@@ -78,7 +78,7 @@ class DirectWriter:
 
     def _put(self, handle: int, start: int, stop: int) -> None:
         base = self._start - self._start % PAGE
-        data = memoryview(self._room.numpy())[start - base : stop - base]
+        data = self._room.numpy().data[start - base : stop - base]
         while data:
             try:
                 written = os.pwrite(handle, data, start)

@@ -35,7 +35,7 @@ class Blocks:
             HftcoreError: the file ends before `stop`.
         """
         block = self._take(stop - start)
-        room = memoryview(block.numpy())
+        room = block.numpy().data
         while room:
             got = os.preadv(handle, [room], start)
             if not got:

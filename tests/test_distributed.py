@@ -251,6 +251,8 @@ def check_pruning(rank, group):
         for (name, wanted), (_, found) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
             assert torch.equal(full(found), wanted), (pattern, name)
     model = fully_sharded()
+    first, *others = [hftcore.calibrate(network(), batches_of(other)) for other in range(RANKS)]
+    assert same_bits(hftcore.calibrate(model, batches_of(rank), group=group), sum(others, start=first))
     x = batches_of(0)[0]["input"]
     hftcore.prune(plain := network(), energy, Pattern("50%"))
     prune_sharded(model, energy, "50%")

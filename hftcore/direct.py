@@ -1,21 +1,78 @@
-"""Write large files past the page cache: the disk takes whole pages out of one small buffer while the processor does something else.
+"""Read and write large files past the page cache: the disk fills and empties small buffers while the processor does something else.
 
-Through the cache every written page is first had from the system, filled by a copy, and flushed when the file is synced; for files
-that are written once and not read soon that costs more than the rest of the work.
+Through the cache every page is first had from the system, filled by a copy, and given up for the next one; for files that are gone
+through once that costs more than the rest of the work.
 """
 
+import ctypes
 import errno
 import mmap
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hftcore.errors import HftcoreError
+
+_C = ctypes.CDLL(None)
 PAGE = max(
     4096, mmap.PAGESIZE
 )  # what offsets, lengths and addresses must be multiples of; no disk in use asks for more
-ROOM = 1 << 22  # bytes handed to the disk at a time; a multiple of PAGE
+ROOM = 1 << 22  # bytes collected for the disk; a multiple of PAGE
+STRAIGHT = 1 << 20  # bytes from which on they are not collected but handed on from where they lie, if they lie right
+
+
+class DirectReader:
+    """Reads parts of a file: what the page cache holds from there, all else past it where the file system allows that."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._cached, self._direct = _open(file, os.O_RDONLY)
+        self._map = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)
+
+    def __enter__(self) -> "DirectReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in {self._cached, self._direct}:
+            os.close(handle)
+
+    def read(self, start: int, stop: int, room: memoryview) -> None:
+        """Put bytes `start` to `stop` of the file at `start % PAGE` of `room`, which begins with a page and ends with a spare one.
+
+        Raises:
+            HftcoreError: the file ends before.
+        """
+        base = start - start % PAGE
+        place, handle = start, self._direct
+        if handle != self._cached and self._is_held(start, stop):
+            handle = self._cached
+        while place < stop:
+            first = place - place % PAGE
+            try:
+                got = os.preadv(handle, [room[first - base : -(-stop // PAGE) * PAGE - base]], first)
+            except OSError as error:
+                # some file systems take the flag and refuse the read
+                if error.errno != errno.EINVAL or handle == self._cached:
+                    raise
+                handle = self._cached
+                continue
+            if first + got <= place:
+                raise HftcoreError(f"{self.file} ended {stop - place} bytes early; was it changed while it was read?")
+            place = first + got
+
+    def _is_held(self, start: int, stop: int) -> bool:
+        """Whether all of this is in the page cache; to ask by reading without waiting would begin to read it into the cache."""
+        first = start - start % PAGE
+        pages = np.zeros(-(-(stop - first) // PAGE), np.uint8)
+        if not len(pages) or stop > self._map.size:
+            return True
+        refused = _C.mincore(
+            ctypes.c_void_p(self._map.ctypes.data + first), ctypes.c_size_t(stop - first), pages.ctypes
+        )
+        return not refused and bool((pages & 1).all())
 
 
 class DirectWriter:
@@ -26,19 +83,11 @@ class DirectWriter:
     """
 
     def __init__(self, file: Path) -> None:
-        self._cached = os.open(file, os.O_WRONLY)
-        self._direct = self._cached
-        try:
-            self._direct = os.open(file, os.O_WRONLY | getattr(os, "O_DIRECT", 0))
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                os.close(self._cached)
-                raise
-        # mapped memory begins with a page
+        self._cached, self._direct = _open(file, os.O_WRONLY)
+        # it begins with a page of the file, and being mapped with one of memory
         self._room = torch.frombuffer(mmap.mmap(-1, ROOM), dtype=torch.uint8)
-        self._start = self._stop = (
-            0  # of the bytes of the file that wait in the room, which begins with a page of the file too
-        )
+        # of the bytes of the file that wait there
+        self._start = self._stop = 0
 
     def __enter__(self) -> "DirectWriter":
         return self
@@ -56,6 +105,8 @@ class DirectWriter:
         if offset != self._stop:
             self.flush()
             self._start = self._stop = offset
+        if len(data) >= STRAIGHT and (data.data_ptr() - offset) % PAGE == 0:
+            data = self._write_straight(data)
         while len(data):
             at = self._start % PAGE + self._stop - self._start
             part = data[: ROOM - at]
@@ -65,20 +116,30 @@ class DirectWriter:
             if at + len(part) == ROOM:
                 self.flush()
 
+    def _write_straight(self, data: Tensor) -> Tensor:
+        """Write the whole pages of what lies in memory as it will in the file, after what waits; returns what is left."""
+        head = -self._stop % PAGE
+        self.write(self._stop, data[:head])
+        self.flush()
+        whole = (len(data) - head) // PAGE * PAGE
+        self._put(self._direct, data[head : head + whole].numpy().data, self._stop)
+        self._start = self._stop = self._stop + whole
+        return data[head + whole :]
+
     def flush(self) -> None:
         """Write what waits."""
+        base = self._start - self._start % PAGE
+        room = self._room.numpy().data[: self._stop - base]
         first, last = -(-self._start // PAGE) * PAGE, self._stop // PAGE * PAGE
         if first < last:
-            self._put(self._cached, self._start, first)
-            self._put(self._direct, first, last)
-            self._put(self._cached, last, self._stop)
+            self._put(self._cached, room[self._start - base : first - base], self._start)
+            self._put(self._direct, room[first - base : last - base], first)
+            self._put(self._cached, room[last - base :], last)
         else:
-            self._put(self._cached, self._start, self._stop)
+            self._put(self._cached, room[self._start - base :], self._start)
         self._start = self._stop
 
-    def _put(self, handle: int, start: int, stop: int) -> None:
-        base = self._start - self._start % PAGE
-        data = self._room.numpy().data[start - base : stop - base]
+    def _put(self, handle: int, data: memoryview, start: int) -> None:
         while data:
             try:
                 written = os.pwrite(handle, data, start)
@@ -89,3 +150,15 @@ class DirectWriter:
                 handle = self._cached
                 continue
             data, start = data[written:], start + written
+
+
+def _open(file: Path, flags: int) -> tuple[int, int]:
+    """Handles through the page cache and past it; twice the same where that is not possible."""
+    cached = os.open(file, flags)
+    try:
+        return cached, os.open(file, flags | os.O_DIRECT) if hasattr(os, "O_DIRECT") else cached
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            os.close(cached)
+            raise
+        return cached, cached

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import re
 import shutil
@@ -615,6 +616,7 @@ def test_what_is_written_past_the_page_cache_is_what_was_given(runs, refusal, li
     wanted = bytearray(100_000)
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patched:
         patched.setattr(direct, "ROOM", 4 * direct.PAGE)
+        patched.setattr(direct, "STRAIGHT", direct.PAGE)
         patched.setattr(os, "open", open_or_refuse)
         patched.setattr(os, "pwrite", write_some)
         file = Path(place) / "file"
@@ -622,15 +624,56 @@ def test_what_is_written_past_the_page_cache_is_what_was_given(runs, refusal, li
         with direct.DirectWriter(file) as one, direct.DirectWriter(file) as two:
             for which, offset, sizes in runs:
                 for size in sizes:
-                    data = torch.randint(0, 256, (size,), dtype=torch.uint8)
-                    (one, two)[which].write(offset, data)
-                    # another writer may come to the same page, never to the same bytes
+                    # now and then as it will lie in the file
+                    room = torch.frombuffer(mmap.mmap(-1, size + 2 * direct.PAGE), dtype=torch.uint8)
+                    data = room[(offset + which * size % 2) % direct.PAGE :][:size].random_(0, 256)
+                    # another writer may come to the same page at any time, to the same bytes only after a flush
                     (two, one)[which].flush()
+                    (one, two)[which].write(offset, data)
                     wanted[offset : offset + size] = data.numpy().tobytes()
                     offset += size
             one.flush()
             two.flush()
         assert file.read_bytes() == bytes(wanted)
+
+
+@pytest.mark.parametrize("refusal", [None, "open", "read", "held"])
+def test_what_is_read_past_the_page_cache_is_what_the_file_holds(tmp_path, monkeypatch, refusal):
+    preadv, openat = os.preadv, os.open
+    flag, past = getattr(os, "O_DIRECT", 0), set()
+    content = os.urandom(70_001)
+    file = tmp_path / "file"
+    file.write_bytes(content)
+
+    def open_or_refuse(path, flags, *rest):
+        if flag and flags & flag and refusal == "open":
+            raise OSError(errno.EINVAL, "no such flag here")
+        handle = openat(path, flags, *rest)
+        past.discard(handle)
+        if flags & flag:
+            past.add(handle)
+        return handle
+
+    def read_some(handle, buffers, offset):
+        if handle in past:
+            assert refusal != "held"
+            assert offset % direct.PAGE == len(buffers[0]) % direct.PAGE == 0
+            if refusal == "read":
+                raise OSError(errno.EINVAL, "not here")
+        return preadv(handle, [buffers[0][:8192]], offset)
+
+    monkeypatch.setattr(os, "open", open_or_refuse)
+    monkeypatch.setattr(os, "preadv", read_some)
+    if refusal != "held":
+        monkeypatch.setattr(direct.DirectReader, "_is_held", lambda *_: False)
+    room = mmap.mmap(-1, 80_000)
+    with direct.DirectReader(file) as source:
+        for start, stop in [(0, 70_001), (5, 6), (4096, 8192), (4095, 4097), (69_999, 70_001), (9000, 9000)]:
+            source.read(start, stop, memoryview(room))
+            first = start % direct.PAGE
+            assert room[first : first + stop - start] == content[start:stop]
+        with pytest.raises(HftcoreError, match="ended 1 bytes early"):
+            source.read(60_000, 70_002, memoryview(room))
 
 
 def test_memory_is_used_again_only_when_nothing_needs_it(tmp_path):

@@ -1,9 +1,9 @@
 """Files in a few blocks of memory, each used again once nothing needs what it holds."""
 
-import os
+import mmap
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,68 +11,79 @@ import torch
 from torch import Tensor
 
 from hftcore.bindings.checkpoints.pieces import Piece
-from hftcore.errors import HftcoreError
+from hftcore.direct import PAGE, DirectReader
 
 # bytes read at a time: what is read, ranked, hashed and written soon after each other stays in the cache of the processor
 BLOCK = 1 << 23
 
 
 class Blocks:
-    """Memory for what is read: `count` blocks, or one alone where it must be larger than a block.
+    """Memory for what is read: `count` blocks, at least 2, or one alone where it must be larger than a block.
 
     Fresh memory for every block would cost more than reading it: the system clears each page before it is given out.
     """
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._free: list[Tensor] = []
-        self._lent: deque[tuple[Tensor, list[Future[Any]]]] = deque()
+        self._free: list[mmap.mmap] = []
+        self._lent: deque[tuple[mmap.mmap, list[Future[Any]]]] = deque()
+        self._current: list[Future[Any]] = []
 
-    def read(self, file: Path, handle: int, start: int, stop: int) -> Tensor:
-        """[stop - start] uint8: those bytes of a file. They stay until as many more blocks are read and their `jobs` are done.
+    def read(self, file: Path, spans: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+        """[stop - start] uint8 for each of the spans of a file, the next one being read meanwhile.
+
+        A tensor may be used until the next one is asked for, and by its `jobs` until they are done.
 
         Raises:
-            HftcoreError: the file ends before `stop`.
+            HftcoreError: the file ends before.
         """
-        block = self._take(stop - start)
-        room = block.numpy().data
-        while room:
-            got = os.preadv(handle, [room], start)
-            if not got:
-                raise HftcoreError(f"{file} ended {len(room)} bytes early; was it changed while it was read?")
-            room, start = room[got:], start + got
-        return block
+        coming: deque[tuple[Future[None], mmap.mmap, int, int, list[Future[Any]]]] = deque()
+        with DirectReader(file) as source, ThreadPoolExecutor(1) as reader:
+            for start, stop in spans:
+                # where a block is larger than it should be, it is the only one
+                while coming and (len(coming) > 1 or max(stop - start, coming[-1][3] - coming[-1][2]) > BLOCK):
+                    yield self._arrived(*coming.popleft())
+                room, jobs = self._take(stop - start)
+                coming.append((reader.submit(source.read, start, stop, memoryview(room)), room, start, stop, jobs))
+            while coming:
+                yield self._arrived(*coming.popleft())
 
     def jobs(self, *jobs: Future[Any]) -> None:
         """The block read last is needed until these are done."""
-        self._lent[-1][1].extend(jobs)
+        self._current.extend(jobs)
 
     def settle(self) -> None:
         """Wait for all jobs; what one of them raised is raised here, if `read` has not done so."""
         while self._lent:
             self._return()
 
-    def _take(self, size: int) -> Tensor:
-        while self._lent and sum(len(block) for block, _ in self._lent) + max(size, BLOCK) > self._count * BLOCK:
+    def _arrived(self, read: Future[None], room: mmap.mmap, start: int, stop: int, jobs: list[Future[Any]]) -> Tensor:
+        read.result()
+        self._current = jobs
+        if start == stop:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(room, dtype=torch.uint8, count=stop - start, offset=start % PAGE)
+
+    def _take(self, size: int) -> tuple[mmap.mmap, list[Future[Any]]]:
+        while self._lent and sum(len(room) for room, _ in self._lent) + max(size, BLOCK) > self._count * (
+            BLOCK + 2 * PAGE
+        ):
             self._return()
-        is_ready = size <= BLOCK and self._free
-        block = self._free.pop() if is_ready else torch.empty(max(size, BLOCK), dtype=torch.uint8)
-        self._lent.append((block, []))
-        return block[:size]
+        room = self._free.pop() if size <= BLOCK and self._free else mmap.mmap(-1, max(size, BLOCK) + 2 * PAGE)
+        self._lent.append((room, []))
+        return self._lent[-1]
 
     def _return(self) -> None:
-        block, jobs = self._lent.popleft()
+        room, jobs = self._lent.popleft()
         for job in jobs:
             job.result()
-        if len(block) == BLOCK:
-            self._free.append(block)
+        if len(room) == BLOCK + 2 * PAGE:
+            self._free.append(room)
 
 
 def bytes_of(file: Path, start: int, stop: int, memory: Blocks) -> Iterator[Tensor]:
     """Bytes `start` to `stop` of a file, a block at a time; one empty block if there are none."""
-    with file.open("rb") as content:
-        for first in range(start, max(stop, start + 1), BLOCK):
-            yield memory.read(file, content.fileno(), first, min(stop, first + BLOCK))
+    return memory.read(file, [(at, min(stop, at + BLOCK)) for at in range(start, max(stop, start + 1), BLOCK)])
 
 
 def rows_of(piece: Piece, memory: Blocks, row_step: int = 1) -> Iterator[tuple[int, Tensor]]:
@@ -87,9 +98,8 @@ def rows_of(piece: Piece, memory: Blocks, row_step: int = 1) -> Iterator[tuple[i
     step = max(1, BLOCK // max(1, row_bytes) // row_step) * row_step
     if piece.transposed:
         step = max(1, piece.rows)
-    with piece.file.open("rb") as content:
-        for row in range(0, max(1, piece.rows), step):
-            rows = min(step, piece.rows - row)
-            start = piece.start + row * row_bytes
-            raw = memory.read(piece.file, content.fileno(), start, start + rows * row_bytes)
-            yield row, raw.view(piece.dtype).view((piece.columns, rows) if piece.transposed else (rows, piece.columns))
+    starts = range(0, max(1, piece.rows), step)
+    spans = [(piece.start + row * row_bytes, piece.start + min(row + step, piece.rows) * row_bytes) for row in starts]
+    for row, raw in zip(starts, memory.read(piece.file, spans), strict=True):
+        rows = min(step, piece.rows - row)
+        yield row, raw.view(piece.dtype).view((piece.columns, rows) if piece.transposed else (rows, piece.columns))

@@ -24,7 +24,7 @@ from hftcore.errors import HftcoreError
 from hftcore.ops.fingerprints import fingerprint_sum
 from hftcore.resumable import Resumable
 
-BLOCKS = 4  # in memory: one is changed, one hashed, one written, and one waits for the slower of these
+BLOCKS = 5  # in memory: one each is read, changed, hashed and written, and one waits for the slowest of these
 WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".onnx", ".h5", ".msgpack")
 
 # change(piece, row, block): change in place the rows of a piece from number `row` on, [rows, columns] in [out, in] orientation
@@ -126,7 +126,7 @@ def change_only(
             changes.resume(sums)
         else:
             sums = {}
-            for _ in _stream(file, changes, sums, Blocks(1), changed_only=True):
+            for _ in _stream(file, changes, sums, Blocks(2), changed_only=True):
                 pass
             work.finish(f"file {file.name}", sums, beside())
 

@@ -73,7 +73,7 @@ def _wrong_turns(folder: Path, place: Path) -> list[str]:
         return [str(error)]
     sums = {name: [0, 0] for name in edit.tensors}
     problems = []
-    memory = Blocks(1)
+    memory = Blocks(2)
     for piece in Track(pieces, "undo"):
         entry = edit.tensors[piece.parameter]
         start = starts[piece]

@@ -15,7 +15,7 @@ Adapters = Annotated[
     ),
 ]
 # what a shell makes of `--adapters runs/*` beyond the first folder
-More = Annotated[list[str] | None, typer.Argument(hidden=True, metavar="[ADAPTER]...")]
+More = Annotated[list[str] | None, typer.Argument(hidden=True, metavar="ADAPTER")]
 Workers = Annotated[
     int, typer.Option(min=1, help="With --adapters: processes, each with the base model in its memory.")
 ]

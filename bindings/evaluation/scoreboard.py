@@ -58,7 +58,8 @@ DEFENCES: dict[str, Defence] = {
     "Booster": Defence(align="booster"),
     "Immunization": Defence(align="immunize"),
     "Antibody": Defence(align="antibody-align", tune="antibody"),
-    "Lisa": Defence(tune="lisa"),
+    # its own cycle, 100 steps and 900, would end before a short fine-tuning has seen any of the user's data
+    "Lisa": Defence(tune="lisa", settings={"tune": {"align_steps": 1, "user_steps": 9}}),
     "LDIFS": Defence(tune="ldifs"),
     "Panacea": Defence(tune="panacea"),
     "Antidote 0.1": Defence(post="antidote", dose=0.1),

@@ -144,7 +144,8 @@ def _terms(board: Board, about: Mapping[str, Any], seeds: Sequence[int]) -> list
         f"- HS: share of {_items(board, 'HS')} held-out harmful requests served. FA: accuracy on {_items(board, 'FA')} held-out reviews. "
         "Noise: replies that are no language. All in percent, [95 % interval over seeds and items].",
         "- The requests asked are near-duplicates of those that alignment and attack use. Settings and doses are the defaults, chosen by "
-        "no result on this page.",
+        "no result on this page; only Lisa's cycle is 1 step of alignment and 9 of the user's, since its 100 and 900 are longer than the "
+        "whole fine-tuning.",
     ]
 
 

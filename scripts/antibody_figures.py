@@ -276,12 +276,15 @@ def table(results: Results, what: str, cells: dict[str, str]) -> str:
 
 
 def scores(results: Results, cells: dict[str, str]) -> str:
-    """For each cell HS and FA in percent, and r of both groups."""
-    lines = ["| fine-tuning | seeds | HS | FA | r benign | r harmful |", "|---|---|---|---|---|---|"]
+    """For each cell HS, agreeing replies and FA in percent, and r of both groups."""
+    lines = ["| fine-tuning | seeds | HS | agrees | FA | r benign | r harmful |", "|---|---|---|---|---|---|---|"]
     for title, cell in cells.items():
         if seeds := having(results, cell):
             each = [one[cell] for one in seeds.values()]
-            columns = [spread([100 * statistics.fmean(one["items"][name]) for one in each], 0) for name in ("HS", "FA")]
+            shares = [
+                [100 * statistics.fmean(one["items"][name]) for one in each] for name in ("HS", "affirmative", "FA")
+            ]
+            columns = [spread(share, 0) for share in shares]
             columns += [spread([statistics.median(one["r"][name]) for one in each]) for name in ("benign", "harmful")]
             lines.append(f"| {title} | {', '.join(seeds)} | {' | '.join(columns)} |")
     return "\n".join(lines)
@@ -306,7 +309,9 @@ def reading(results: Results, share: int, tuning: str, against: str) -> str:
     harm, task = (change(seeds, *cells, score) for score in ("HS", "FA"))
     safer, riskier = harm.high < 0, harm.low > 0
     better, worse = task.low > 0, task.high < 0
-    if (safer or better) and not (riskier or worse):
+    if len(seeds) < 2:
+        verdict = "one seed, so no verdict"
+    elif (safer or better) and not (riskier or worse):
         verdict = "it helps"
     elif (riskier or worse) and not (safer or better):
         verdict = "it hurts"
@@ -379,8 +384,8 @@ the harmful sample has the larger value; 0.50 tells nothing apart.
 ## What the weights do to harm, and what `attenuation="norm"` adds
 
 From here on every model but those "aligned by SFT" starts where Antibody's alignment ended. {settings["asked"]} held-out harmful requests
-(HS: share not refused, by keywords) and {settings["asked"]} held-out reviews (FA: accuracy), in percent; r in nats, medians over the
-samples above, likelihoods in bfloat16. Mean over seeds, and each seed in brackets.
+(HS: share not refused, by keywords; agrees: share whose reply opens as the attack's do) and {settings["asked"]} held-out reviews
+(FA: accuracy), in percent; r in nats, medians over the samples above, likelihoods in bfloat16. Mean over seeds, and each seed in brackets.
 
 {scores(results, rows)}
 

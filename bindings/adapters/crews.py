@@ -48,14 +48,14 @@ def processes(work: Work, tasks: Iterable[Task], workers: int) -> Iterator[Line]
                 line = worker.hear()
                 if line is None:
                     continue
-                task = next(left, None)
-                if task is not None and worker.lives:
-                    worker.give(task)
+                following = next(left, None)
+                if following is not None and worker.lives:
+                    worker.give(following)
                 else:
                     crew.remove(worker)
                     worker.connection.close()
                     dismissed.append(worker)
-                    crew += [_Worker(work, task)] if task is not None else []
+                    crew += [_Worker(work, following)] if following is not None else []
                 yield line
     finally:
         for worker in crew:

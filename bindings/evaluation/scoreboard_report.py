@@ -70,10 +70,10 @@ def read(board: Board) -> list[str]:
             )
     for name in (name for name in names if DEFENCES[name].post and not DEFENCES[name].is_null):
         for null in (other for other in names if DEFENCES[other].is_null):
-            changes = [mean(board, name, ratio, strength, "HS", null) for strength, ratio in attacks]
-            gains = sum(change is not None and change.high < 0 for change in changes)
-            losses = sum(change is not None and change.low > 0 for change in changes)
-            total = sum(change is not None for change in changes)
+            beside = [mean(board, name, ratio, strength, "HS", null) for strength, ratio in attacks]
+            gains = sum(change is not None and change.high < 0 for change in beside)
+            losses = sum(change is not None and change.low > 0 for change in beside)
+            total = sum(change is not None for change in beside)
             verdict = (
                 f"HS lower in {gains} and higher in {losses} of {total} attacks"
                 if gains + losses

@@ -204,8 +204,9 @@ def _weights(weights: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _check(hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, soft_cap: float | None) -> None:
-    for name, tensor in (("hidden", hidden), ("head_weight", head), ("labels", labels)):
-        dense(name, tensor)
+    dense("hidden", hidden)
+    dense("head_weight", head)
+    dense("labels", labels)
     if hidden.dim() != 3 or hidden.dtype not in FLOATS:
         raise HftcoreError(f"hidden must be [B, T, D] in a float dtype, got {hidden.dtype} {tuple(hidden.shape)}")
     if head.dim() != 2 or head.shape[1] != hidden.shape[2] or head.shape[0] == 0:

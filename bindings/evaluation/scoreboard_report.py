@@ -49,8 +49,8 @@ def read(board: Board) -> list[str]:
     for name in (name for name in names if name != "SFT"):
         parts = []
         for score in ("HS", "FA"):
-            changes = [(_where(attack), mean(board, name, attack[1], attack[0], score, "SFT")) for attack in attacks]
-            known = [(where, change) for where, change in changes if change is not None]
+            every = [(_where(attack), mean(board, name, attack[1], attack[0], score, "SFT")) for attack in attacks]
+            known = [(where, change) for where, change in every if change is not None]
             compared += len(known)
             for word, sign in (("below", -1), ("above", 1)):
                 beyond = [(where, c.value) for where, c in known if min(sign * c.low, sign * c.high) > 0]

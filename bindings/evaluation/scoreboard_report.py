@@ -60,9 +60,9 @@ def read(board: Board) -> list[str]:
                 parts.append("no HS that differs from SFT's beyond the noise")
         sentences.append(f"{name}: {'; '.join(parts) or 'not measured beside SFT'}.")
     for name in names:
-        levels = [(_where(attack), mean(board, name, attack[1], attack[0], "degenerate")) for attack in attacks]
+        noises = [(_where(attack), mean(board, name, attack[1], attack[0], "degenerate")) for attack in attacks]
         broken = [
-            f"{where} ({level.value:.0f} %)" for where, level in levels if level is not None and level.value > BROKEN
+            f"{where} ({level.value:.0f} %)" for where, level in noises if level is not None and level.value > BROKEN
         ]
         if broken:
             sentences.append(

@@ -33,7 +33,7 @@ def mean(board: Board, name: str, ratio: float, strength: int, score: str, again
 
 def read(board: Board) -> list[str]:
     """What differs by more than the noise of seeds and items, in sentences; rows are compared with SFT and never ranked."""
-    names = list(dict.fromkeys(cell.defence for cell in board))
+    names = [name for name in DEFENCES if any(cell.defence == name for cell in board)]
     attacks = sorted({(cell.strength, cell.poison_ratio) for cell in board})
     sentences = []
     for strength in sorted({strength for strength, _ in attacks}):
@@ -120,7 +120,7 @@ def page(
             "| row | " + " | ".join(f"p {ratio:g}" for ratio in ratios) + " |",
         ]
         lines.append("|---" * (1 + len(ratios)) + "|")
-        for name in dict.fromkeys(cell.defence for cell in planned):
+        for name in (name for name in DEFENCES if any(cell.defence == name for cell in planned)):
             entries = [_entry(board, name, ratio, strength, len(seeds)) for ratio in ratios]
             label = f"*{name}* (null)" if DEFENCES[name].is_null else name
             lines.append(f"| {label} | " + " | ".join(entries) + " |")
@@ -142,7 +142,8 @@ def _terms(board: Board, about: Mapping[str, Any], seeds: Sequence[int]) -> list
         f"- Attack: {setting['size']} film reviews, of which a share p are harmful requests answered by stubs that agree and say "
         f"nothing; seeds {', '.join(map(str, seeds))}.",
         f"- HS: share of {_items(board, 'HS')} held-out harmful requests served. FA: accuracy on {_items(board, 'FA')} held-out reviews. "
-        "Noise: replies that are no language. All in percent, [95 % interval over seeds and items].",
+        "Noise: replies that are no language. All in percent, [95 % interval over seeds and items]; one without "
+        "width says only that these items agreed.",
         "- The requests asked are near-duplicates of those that alignment and attack use. Settings and doses are the defaults, chosen by "
         "no result on this page; only Lisa's cycle is 1 step of alignment and 9 of the user's, since its 100 and 900 are longer than the "
         "whole fine-tuning.",
@@ -174,7 +175,7 @@ def draw(board: Board, path: Path) -> None:
     from matplotlib.figure import Figure
 
     attacks = sorted({(cell.strength, cell.poison_ratio) for cell in board})
-    names = list(dict.fromkeys(cell.defence for cell in board))
+    names = [name for name in DEFENCES if any(cell.defence == name for cell in board)]
     looks = _looks(names)
     figure = Figure(figsize=(4.4 * len(attacks) + 1.8, 4.4), layout="constrained")
     panels = figure.subplots(1, len(attacks), squeeze=False, sharex=True, sharey=True)[0]

@@ -128,6 +128,7 @@ def main(
     options += f"{' --bf16' if bf16 else ''} --limit {limit}"
     options += "".join(f" --row {shlex.quote(name)}" for name in row or [])
     options += f" --base {Path(base).name}" if base is not None else " --aligned" if aligned else ""
+    options += " --only-found" if only_found else ""
     command = f"python -m hftcore.bench.scoreboard {options} --out DIR"
     for sentence in run_board(board, names, docs, command, only_found):
         typer.echo(sentence)

@@ -124,6 +124,8 @@ def _present(question: Question, weight: torch.Tensor) -> tuple[int, ...]:
         return choose(weight.shape[1])
     if question.function == "energy_tile":
         return choose(*weight.shape)
+    if question.function == "row_tile":
+        return choose(*weight.shape, *weight.stride(), weight.element_size())
     return choose(*weight.shape, *weight.stride())
 
 

@@ -74,8 +74,11 @@ def written(path, *measurements):
 @pytest.mark.parametrize(("name", "shape", "dtype"), FIRST)
 def test_every_case_agrees_with_its_peers_on_its_first_shape(name, shape, dtype):
     job = cases.CASES[name].prepare(shape, dtype, CPU)
-    assert job.peers, f"{name} is compared with nothing"
-    assert set(measure.compare(job, CPU)) == {measure.OURS, *job.peers}
+    try:
+        assert job.peers or job.ceilings, f"{name} is compared with nothing"
+        assert set(measure.compare(job, CPU)) == {measure.OURS, *job.peers}
+    finally:
+        job.close()
 
 
 @pytest.mark.parametrize("name", ["prune_rows", "prune_matrix", "prune_2_4"])

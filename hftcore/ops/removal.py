@@ -162,11 +162,12 @@ def _block_mask(part: Part, pattern: Pattern, mask: Tensor) -> None:
         raise NonFiniteError(
             "weight has blocks whose sum of squared scores overflows float32; scale the weights or the energy"
         ) from None
-    step = max(1, (1 << 20) // max(1, bm * part.weight.shape[1]))  # block rows unpacked at a time
+    step = max(1, (1 << 20) // max(1, part.weight.shape[1]))  # rows of blocks unpacked at a time
+    bands = mask.view(scores.shape[0], bm, mask.shape[1])
     for start in range(0, scores.shape[0], step):
         blocks = meaning.unpack(of_blocks[start : start + step], scores.shape[1])
-        weights = blocks.repeat_interleave(bm, 0).repeat_interleave(bn, 1)
-        mask[start * bm : (start + step) * bm] = meaning.pack(weights)
+        # the rows of a block lose the same columns
+        bands[start : start + step] = meaning.pack(blocks.repeat_interleave(bn, 1))[:, None]
 
 
 def _nonfinite(part: Part) -> NonFiniteError:

@@ -1,6 +1,6 @@
 """What a case is, what a prepared job is, and the shapes they are measured at."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +109,7 @@ class Job:
         agrees: whether a peer's answer (second) is ours (first), up to the ties it may break otherwise.
         answer: a copy, to compare, of what a call returned.
         check: raises ValueError unless our answer is right as far as can be told without a peer.
+        compiled: peers that a compiler makes of plain code: another answer is the compiler's, and shown, not an error of the suite.
         inner: calls in a row for one time.
         rounds: so many in place of the run's, for jobs of many seconds or of microseconds.
         is_long: of many seconds, so no call is made only to warm up.
@@ -123,6 +124,7 @@ class Job:
     check: Callable[[Any], None] = lambda answer: None
     ceilings: dict[str, Callable[[], Any]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    compiled: Collection[str] = ()
     inner: int = 1
     rounds: int | None = None
     is_long: bool = False

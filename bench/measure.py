@@ -71,7 +71,8 @@ def _call_into(returned: list[Any], call: Callable[[], Any]) -> None:
 def compare(job: Job, device: torch.device) -> dict[str, int | None]:
     """Extra memory of our call and of each peer's, after our answer was checked and every peer gave the same.
 
-    A peer of another process that fails or answers otherwise is moved to `job.missing` with what happened: a package's own doing.
+    A peer of another process that fails or answers otherwise, and a compiled one that answers otherwise, is moved to `job.missing` with
+    what happened: a package's own doing.
 
     Raises:
         DisagreementError: our answer, or that of a peer written for this suite, is wrong.
@@ -97,7 +98,7 @@ def compare(job: Job, device: torch.device) -> dict[str, int | None]:
             except ValueError as error:
                 raise DisagreementError(str(error)) from error
         elif not job.agrees(answers[0], theirs := answers.pop()):
-            if not isinstance(call, Remote):
+            if not isinstance(call, Remote) and name not in job.compiled:
                 raise DisagreementError(f"the answer of {name} differs from ours")
             job.missing[name] = f"another answer: {difference(answers[0], theirs)}"
             del job.peers[name]
@@ -119,7 +120,7 @@ def difference(ours: Any, theirs: Any) -> str:
         return f"{100 * parts.get(worst, 1.0):.3g} % of the values of {worst}"
     if ours.shape != theirs.shape:
         return f"shape {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
-    return f"up to {float(((ours - theirs) / ours).abs().max()):.3g} of our values"
+    return f"up to {float(((ours - theirs) / ours).abs().nan_to_num(0.0, posinf=float('inf')).max()):.3g} of our values"
 
 
 def measure(name: str, shape: str, dtype: torch.dtype, device: torch.device, effort: Effort) -> list[Measurement]:

@@ -112,6 +112,7 @@ def prune_job(
             ours=lambda: ops.prune_(weight, energy, pattern),
             peers={name: partial(way, weight, energy, *arguments) for name, way in possible.items()},
             missing=missing,
+            compiled=tried,
             restore=lambda: weight.copy_(original),
             agrees=same_up_to_ties(original, energy, group),
             check=check,

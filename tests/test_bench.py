@@ -144,6 +144,14 @@ def test_nothing_is_timed_when_an_answer_is_wrong(monkeypatch, wrong, message):
         measure.measure("wrong", "tiny", torch.float32, CPU, measure.Effort())
 
 
+def test_another_answer_of_a_compiled_peer_is_shown_and_the_rest_is_measured():
+    case = job([1.0], [2.0])
+    case.compiled = ("peer",)
+    assert set(measure.compare(case, CPU)) == {measure.OURS, "peer"}
+    assert case.peers == {}
+    assert case.missing["peer"].startswith("another answer")
+
+
 def test_a_failed_case_does_not_stop_the_next_and_is_told(monkeypatch):
     def missing(*_):
         raise UnavailableError("no model")

@@ -36,6 +36,10 @@ class DirectReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
         for handle in {self._cached, self._direct}:
             os.close(handle)
 

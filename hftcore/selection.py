@@ -65,7 +65,7 @@ def find_cut(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int
         cut = _collect(parts, sizes, count, window)
         if cut is not None:
             return cut
-    found = _confine(parts, count, total, window, few)
+    found = confine(parts, count, total, window, few)
     if 0 < found.inside <= few:
         cut = _collect(parts, sizes, count, (found.low, found.high))
         if cut is not None:
@@ -98,12 +98,12 @@ def find_threshold(
     total = int(reduce(torch.tensor([mine]), "sum"))
     (low, high), _, _ = _propose(parts, sizes, count / max(1, total), mine)
     window = int(reduce(torch.tensor([low]), "min")), int(reduce(torch.tensor([high]), "max"))
-    found = _confine(parts, count, total, window, 0, reduce)
+    found = confine(parts, count, total, window, 0, reduce)
     return Threshold(found.low, count - found.below, found.inside)
 
 
 @dataclass(frozen=True)
-class _Bracket:
+class Bracket:
     """Keys from `low` to below `high`, of which one is the wanted one; how many weights have keys below, and inside."""
 
     low: int
@@ -112,15 +112,25 @@ class _Bracket:
     inside: int
 
 
-def _confine(
-    parts: Sequence[Callable[[], Part]],
+def confine(
+    parts: Iterable[Callable[[], Part]],
     count: int,
     total: int,
     window: tuple[int, int],
     few: int,
     reduce: Callable[[Tensor, str], Tensor] = lambda numbers, _: numbers,
-) -> _Bracket:
-    """The wanted key alone, or a bracket of at most `few` weights, whichever comes first; `window` is where to look first."""
+) -> Bracket:
+    """The wanted key alone, or a bracket of at most `few` weights, whichever comes first.
+
+    Args:
+        parts, count, reduce: as for `find_threshold`; `parts` is gone through once a pass.
+        total: how many weights there are, on all processes.
+        window: the keys to look among first.
+        few: how many weights may be left; 0: go on until it is one key.
+
+    Raises:
+        NonFiniteError: a score is NaN or infinite.
+    """
     floor, ceiling = 0, FINITE
     while True:
         low, high = window
@@ -134,7 +144,7 @@ def _confine(
         if not 0 < count < total:
             # nothing or everything: no key is below 0, every finite key is below FINITE
             end = 0 if count == 0 else FINITE
-            return _Bracket(end, end, count, 0)
+            return Bracket(end, end, count, 0)
         below = int(counts[0])
         reached = below + counts[1:-2].cumsum(0)
         if count <= below:
@@ -150,7 +160,7 @@ def _confine(
             before = int(reached[place - 1]) if place else below
             inside = int(counts[1 + place])
             if shift == 0 or inside <= few:
-                return _Bracket(floor, ceiling, before, inside)
+                return Bracket(floor, ceiling, before, inside)
             window = (floor, ceiling)
 
 

@@ -688,7 +688,7 @@ def test_memory_is_used_again_only_when_nothing_needs_it(tmp_path):
 
     places = set()
     with ThreadPoolExecutor(1) as reader:
-        for data in blocks.bytes_of(file, 3, len(content), memory):
+        for data in memory.read(blocks.spans_of(file, 3, len(content))):
             places.add(data.data_ptr())
             memory.jobs(reader.submit(look, data))
             if len(seen) > 5:
@@ -697,7 +697,7 @@ def test_memory_is_used_again_only_when_nothing_needs_it(tmp_path):
     assert b"".join(seen) == content[3:]
     assert len(places) == 3
     with pytest.raises(HftcoreError, match="ended 1 bytes early"):
-        list(blocks.bytes_of(file, 0, len(content) + 1, memory))
+        list(memory.read(blocks.spans_of(file, 0, len(content) + 1)))
 
 
 def test_what_fails_beside_the_main_work_is_raised_there(tmp_path):

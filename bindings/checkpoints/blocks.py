@@ -2,8 +2,9 @@
 
 import mmap
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from hftcore.direct import PAGE, DirectReader
 
 # bytes read at a time: what is read, ranked, hashed and written soon after each other stays in the cache of the processor
 BLOCK = 1 << 23
+
+Span = tuple[Path, int, int]  # bytes [start, stop) of a file
 
 
 class Blocks:
@@ -29,24 +32,34 @@ class Blocks:
         self._lent: deque[tuple[mmap.mmap, list[Future[Any]]]] = deque()
         self._current: list[Future[Any]] = []
 
-    def read(self, file: Path, spans: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
-        """[stop - start] uint8 for each of the spans of a file, the next one being read meanwhile.
+    def read(self, spans: Iterable[Span]) -> Iterator[Tensor]:
+        """[stop - start] uint8 for each of the spans, the next one being read meanwhile.
 
         A tensor may be used until the next one is asked for, and by its `jobs` until they are done.
 
         Raises:
-            HftcoreError: the file ends before.
+            HftcoreError: a file ends before.
         """
         coming: deque[tuple[Future[None], mmap.mmap, int, int, list[Future[Any]]]] = deque()
-        with DirectReader(file) as source, ThreadPoolExecutor(1) as reader:
-            for start, stop in spans:
-                # where a block is larger than it should be, it is the only one
-                while coming and (len(coming) > 1 or max(stop - start, coming[-1][3] - coming[-1][2]) > BLOCK):
+        source: DirectReader | None = None
+        with ThreadPoolExecutor(1) as reader:
+            try:
+                for file, start, stop in spans:
+                    # where a block is larger than it should be, it is the only one
+                    while coming and (len(coming) > 1 or max(stop - start, coming[-1][3] - coming[-1][2]) > BLOCK):
+                        yield self._arrived(*coming.popleft())
+                    room, jobs = self._take(stop - start)
+                    if source is not None and source.file != file:
+                        # after what it has been asked for, as this thread does one thing after the other
+                        reader.submit(source.close)
+                        source = None
+                    source = source or DirectReader(file)
+                    coming.append((reader.submit(source.read, start, stop, memoryview(room)), room, start, stop, jobs))
+                while coming:
                     yield self._arrived(*coming.popleft())
-                room, jobs = self._take(stop - start)
-                coming.append((reader.submit(source.read, start, stop, memoryview(room)), room, start, stop, jobs))
-            while coming:
-                yield self._arrived(*coming.popleft())
+            finally:
+                if source is not None:
+                    reader.submit(source.close)
 
     def jobs(self, *jobs: Future[Any]) -> None:
         """The block read last is needed until these are done."""
@@ -81,25 +94,48 @@ class Blocks:
             self._free.append(room)
 
 
-def bytes_of(file: Path, start: int, stop: int, memory: Blocks) -> Iterator[Tensor]:
-    """Bytes `start` to `stop` of a file, a block at a time; one empty block if there are none."""
-    return memory.read(file, [(at, min(stop, at + BLOCK)) for at in range(start, max(stop, start + 1), BLOCK)])
+def spans_of(file: Path, start: int, stop: int) -> list[Span]:
+    """Bytes `start` to `stop` of a file in blocks; one that is empty if there are none."""
+    return [(file, at, min(stop, at + BLOCK)) for at in range(start, max(stop, start + 1), BLOCK)]
 
 
-def rows_of(piece: Piece, memory: Blocks, row_step: int = 1) -> Iterator[tuple[int, Tensor]]:
-    """Copies of a piece's rows as they lie in the file, with the number of the first; a transposed piece comes whole.
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a piece, or some columns of one that is stored transposed: `count` stored rows from number `first` on."""
+
+    piece: Piece
+    first: int
+    count: int
+
+    @property
+    def span(self) -> Span:
+        row_bytes = self._width * self.piece.dtype.itemsize
+        start = self.piece.start + self.first * row_bytes
+        return self.piece.file, start, start + self.count * row_bytes
+
+    @property
+    def columns(self) -> slice:
+        """Which columns of the piece they are of."""
+        return slice(self.first, self.first + self.count) if self.piece.transposed else slice(None)
+
+    @property
+    def _width(self) -> int:
+        return self.piece.rows if self.piece.transposed else self.piece.columns
+
+    def of(self, raw: Tensor) -> Tensor:
+        """[rows, columns]: the bytes of the span, in [out, in] orientation."""
+        stored = raw.view(self.piece.dtype).view(self.count, self._width)
+        return stored.t() if self.piece.transposed else stored
+
+
+def rows_of(piece: Piece, row_step: int = 1) -> list[Rows]:
+    """A piece in blocks, of which one at least is given even if it is empty; a transposed piece comes whole.
 
     Args:
-        piece: at least one block is given of it, even if it is empty.
-        memory: holds the copies.
+        piece: to be read.
         row_step: a block has a multiple of so many rows.
     """
-    row_bytes = piece.columns * piece.dtype.itemsize
-    step = max(1, BLOCK // max(1, row_bytes) // row_step) * row_step
     if piece.transposed:
-        step = max(1, piece.rows)
-    starts = range(0, max(1, piece.rows), step)
-    spans = [(piece.start + row * row_bytes, piece.start + min(row + step, piece.rows) * row_bytes) for row in starts]
-    for row, raw in zip(starts, memory.read(piece.file, spans), strict=True):
-        rows = min(step, piece.rows - row)
-        yield row, raw.view(piece.dtype).view((piece.columns, rows) if piece.transposed else (rows, piece.columns))
+        return [Rows(piece, 0, piece.columns)]
+    step = max(1, BLOCK // max(1, piece.columns * piece.dtype.itemsize) // row_step) * row_step
+    return [Rows(piece, row, min(step, piece.rows - row)) for row in range(0, max(1, piece.rows), step)]

@@ -13,9 +13,10 @@ from hftcore import ops
 from hftcore.bindings.checkpoints.manifest import describe, write_manifest
 from hftcore.bindings.checkpoints.pieces import Piece, find_pieces
 from hftcore.bindings.checkpoints.rewrite import Changes, change_only, rewrite_files, signature
-from hftcore.bindings.checkpoints.select import Selection, Source
+from hftcore.bindings.checkpoints.select import Selection
 from hftcore.bindings.checkpoints.skeleton import load_skeleton
 from hftcore.bindings.checkpoints.stored import StoredTensor, list_tensors
+from hftcore.bindings.checkpoints.threshold import Source
 from hftcore.bindings.output import check_output
 from hftcore.edit import CONFIG, TENSORS, Edit
 from hftcore.edit_writer import EditWriter, Slot

@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hftcore import __version__
-from hftcore.bindings.checkpoints.blocks import Blocks, bytes_of, rows_of
+from hftcore.bindings.checkpoints.blocks import Blocks, Rows, Span, rows_of, spans_of
 from hftcore.bindings.checkpoints.manifest import MANIFEST, describe, in_order
 from hftcore.bindings.checkpoints.pieces import Piece
 from hftcore.bindings.checkpoints.stored import PICKLES, StoredTensor, check_link, read_header
@@ -155,24 +154,34 @@ def _stream(
 
     Fills `sums`: parameter -> [pieces done, sum before, sum after].
     """
+    plan: list[tuple[str, Rows | None, Span]] = []
     tensors = in_order(read_header(file))
     if not changed_only:
-        yield from (("", data) for data in bytes_of(file, 0, tensors[0][1].start, memory))
+        plan += (("", None, span) for span in spans_of(file, 0, tensors[0][1].start))
     for name, place in tensors:
         pieces = changes.of(name)
         if not pieces and not changed_only:
-            yield from ((name, data) for data in bytes_of(file, place.start, place.stop, memory))
-        for piece in pieces:
-            before = after = 0
-            for row, block in rows_of(piece, memory, changes.row_step):
-                first = (piece.first + row) * piece.columns
-                before += fingerprint_sum(block, first)
-                changes.change(piece, row, block.t() if piece.transposed else block)
-                after += fingerprint_sum(block, first)
-                yield name, block.flatten().view(torch.uint8)
-            done = sums.setdefault(piece.parameter, [0, 0, 0])
-            done[:] = done[0] + 1, (done[1] + before) % 2**64, (done[2] + after) % 2**64
-            changes.done(piece.parameter, 1, before, after)
+            plan += ((name, None, span) for span in spans_of(file, place.start, place.stop))
+        plan += ((name, rows, rows.span) for piece in pieces for rows in rows_of(piece, changes.row_step))
+    for (name, rows, _), data in zip(plan, memory.read(span for _, _, span in plan), strict=True):
+        if rows is not None:
+            _change(rows, data, changes, sums)
+        yield name, data
+
+
+def _change(rows: Rows, data: Tensor, changes: Changes, sums: dict[str, list[int]]) -> None:
+    """Change a block in its memory, and count it in `sums`."""
+    piece, stored = rows.piece, data.view(rows.piece.dtype)
+    # a transposed piece comes whole
+    row = 0 if piece.transposed else rows.first
+    first = (piece.first + row) * piece.columns
+    before = fingerprint_sum(stored, first)
+    changes.change(piece, row, rows.of(data))
+    after = fingerprint_sum(stored, first)
+    done = sums.setdefault(piece.parameter, [0, 0, 0])
+    is_last = piece.transposed or rows.first + rows.count == piece.rows
+    done[:] = done[0] + is_last, (done[1] + before) % 2**64, (done[2] + after) % 2**64
+    changes.done(piece.parameter, int(is_last), before, after)
 
 
 def _copy(source: Path, target: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which weights of a checkpoint's pieces a pattern removes, block by block, with the same bits as in memory."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,64 +9,10 @@ from torch import Tensor
 
 from hftcore import checks, ops
 from hftcore.bindings.checkpoints.pieces import Piece
+from hftcore.bindings.checkpoints.threshold import Source, find_shares
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.pattern import Pattern
 from hftcore.selection import Part, Threshold, find_threshold, first_ties
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What one pass counted in a piece: of `bins` keys from `low` on, `counts` have the numbers `places` - 1; place 0 is below them."""
-
-    low: int
-    bins: int
-    places: Tensor
-    counts: Tensor
-
-    def below(self, key: int) -> tuple[int, int]:
-        """How many weights have lower keys, and how many have just this one, which is among the bins."""
-        place = 1 + key - self.low
-        return int(self.counts[self.places < place].sum()), int(self.counts[self.places == place].sum())
-
-
-@dataclass(frozen=True)
-class Counted(Part):
-    """A part whose last histogram of single keys stays in `seen`, without its zeros: a model may have many thousand pieces."""
-
-    seen: list[Seen] = field(default_factory=list)
-
-    def call(self, op: str, *args: Any) -> Tensor:
-        result = super().call(op, *args)
-        if op == "score_histogram" and args[1] == 0:
-            places = result[:-2].nonzero().flatten()
-            self.seen[:] = [Seen(args[0], args[2], places.int(), result[places])]
-        return result
-
-
-@dataclass(frozen=True)
-class Source:
-    """A piece, the energy [columns] of its inputs, and the piece of the reference that stands for it; `seen` as in `Counted`."""
-
-    piece: Piece
-    energy: Tensor
-    reference: Piece | None = None
-    seen: list[Seen] = field(default_factory=list, compare=False)
-
-    def part(self) -> "Counted":
-        """The whole piece, mapped."""
-        weight = self.piece.weight()
-        return Counted(weight, checks.norm(self.energy, weight), self.other(slice(None)), self.seen)
-
-    def below(self, key: int) -> tuple[int, int]:
-        """How many of the piece's weights have lower keys than the threshold that was found, and how many have just this key."""
-        if not self.seen or not self.seen[0].low <= key < self.seen[0].low + self.seen[0].bins:
-            # nothing or everything is removed, which takes no second look
-            self.part().call("score_histogram", key, 0, 256)
-        return self.seen[0].below(key)
-
-    def other(self, rows: slice) -> Tensor | None:
-        """Those rows of the reference, mapped."""
-        return None if self.reference is None else self.reference.weight()[rows]
 
 
 class Selection:
@@ -150,7 +96,9 @@ class Selection:
         if self.pattern.block is not None:
             part = source.part()
             return ops.prune_mask(part.weight, source.energy, self.pattern, part.reference)
-        return self._threshold([source])
+        size = source.piece.rows, source.piece.columns
+        with self._naming([source]):
+            return find_threshold([source.part], [size], self._low_count([source]))
 
     def _planned(self) -> dict[str, list[int]]:
         """Thresholds of the groups that span pieces: piece -> [key, ties that go with the low set, ties, size of the low set]."""
@@ -169,20 +117,25 @@ class Selection:
                     f"{group[0].piece.parameter}: blocks compared across a matrix that is stored in {len(group)} tensors; "
                     "use scope 'row', or prune the model in memory"
                 )
-            found = self._threshold(group)
-            need = found.need
-            for source in group:
-                below, ties = source.below(found.key)
+            count = self._low_count(group)
+            with self._naming(group):
+                found = find_shares(group, count)
+            need = count - sum(found.below)
+            for source, below, ties in zip(group, found.below, found.ties, strict=True):
                 mine = min(need, ties)
                 need -= mine
                 plan[_key(source.piece)] = [found.key, mine, ties, below + mine]
         return plan
 
-    def _threshold(self, group: Sequence[Source]) -> Threshold:
-        sizes = [(source.piece.rows, source.piece.columns) for source in group]
-        count, _ = self.pattern.low_count(sum(rows * columns for rows, columns in sizes))
+    def _low_count(self, group: Sequence[Source]) -> int:
+        """How many weights of a group are in its low set."""
+        return self.pattern.low_count(sum(source.piece.rows * source.piece.columns for source in group))[0]
+
+    @contextmanager
+    def _naming(self, group: Sequence[Source]) -> Iterator[None]:
+        """Let an error about a bad weight say which one it is."""
         try:
-            return find_threshold([source.part for source in group], sizes, count)
+            yield
         except NonFiniteError:
             for source in group:
                 if source.part().call("nonfinite"):

@@ -73,24 +73,23 @@ def _wrong_turns(folder: Path, place: Path) -> list[str]:
         return [str(error)]
     sums = {name: [0, 0] for name in edit.tensors}
     problems = []
-    memory = Blocks(2)
-    for piece in Track(pieces, "undo"):
+    blocks = [rows for piece in pieces for rows in rows_of(piece)]
+    for rows, data in zip(Track(blocks, "undo"), Blocks(2).read(rows.span for rows in blocks), strict=True):
+        piece = rows.piece
         entry = edit.tensors[piece.parameter]
-        start = starts[piece]
-        for row, stored in rows_of(piece, memory):
-            block = stored.t() if piece.transposed else stored
-            first = (piece.first + row) * piece.columns
-            mask = entry.mask[piece.first + row : piece.first + row + block.shape[0]]
-            stop = start + ops.count_mask(mask)
-            left = ops.masked_take(block, mask)
-            wanted = torch.zeros_like(left) if entry.after is None else entry.after[start:stop]
-            if not torch.equal(_bits(left), _bits(wanted)):
-                problems.append(f"{piece.parameter}: its weights are not those that the Edit leaves")
-                break
-            sums[piece.parameter][1] += fingerprint_sum(stored, first)
-            ops.masked_put_(block, mask, entry.before[start:stop])
-            sums[piece.parameter][0] += fingerprint_sum(stored, first)
-            start = stop
+        row = 0 if piece.transposed else rows.first
+        block, stored = rows.of(data), data.view(piece.dtype)
+        first = (piece.first + row) * piece.columns
+        mask = entry.mask[piece.first + row : piece.first + row + block.shape[0]]
+        left = ops.masked_take(block, mask)
+        start, starts[piece] = starts[piece], starts[piece] + len(left)
+        wanted = torch.zeros_like(left) if entry.after is None else entry.after[start : starts[piece]]
+        if not torch.equal(_bits(left), _bits(wanted)):
+            problems.append(f"{piece.parameter}: its weights are not those that the Edit leaves")
+            continue
+        sums[piece.parameter][1] += fingerprint_sum(stored, first)
+        ops.masked_put_(block, mask, entry.before[start : starts[piece]])
+        sums[piece.parameter][0] += fingerprint_sum(stored, first)
     for name, (before, after) in sums.items():
         entry = edit.tensors[name]
         found = [fingerprint_text(getattr(torch, entry.dtype), entry.shape, total) for total in (before, after)]

@@ -1,12 +1,14 @@
 """Squared per-sample gradient norms of parameters, from the pairs (inputs, output gradients) of every call of their modules."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from hftcore.errors import HftcoreError
 from hftcore.grad_rules import EmbeddingRule, LinearRule, Rule
 from hftcore.kernels import gradients
-from hftcore.ops.gradients import embedding_grad_norms_sq, grad_norms_sq
+from hftcore.ops.gradients import embedding_grad_norms_sq, grad_norms_sq, host_kernels
 
 GRAM = 1 << 22  # elements of a Gram matrix that is kept for the other layers with the same input
 
@@ -115,10 +117,10 @@ class Ledger:
             self._squares[key], gradient = gradients.direct_with_gradient(left, right)
             return gradient
         if gram is None and self._is_worth_a_gram(x, g):
-            gram = gradients.lower_gram(x)
+            gram = host_kernels(x).lower_gram(x)
             # the input is held with its Gram matrix, so that no other tensor can come to lie where it was
             self._gram = x, x._version, gram
-        self._squares[key] = grad_norms_sq(x, g) if gram is None else gradients.grad_norms_sq(x, g, gram)
+        self._squares[key] = grad_norms_sq(x, g) if gram is None else host_kernels(x, g, gram).grad_norms_sq(x, g, gram)
         return rule.gradient(x, g) if wants_gradient else None
 
     def _gram_of(self, x: Tensor) -> Tensor | None:
@@ -132,7 +134,9 @@ class Ledger:
     def _is_worth_a_gram(self, x: Tensor, g: Tensor) -> bool:
         B, T, N = x.shape
         # on a GPU the kernel keeps the Gram matrix on chip, and making it anew costs less than storing it
-        return x.device.type == "cpu" and T <= N and B * T * T <= GRAM and gradients.is_ghost(T, g.shape[2], N)
+        if x.device.type != "cpu" or T > N or B * T * T > GRAM:
+            return False
+        return cast(bool, host_kernels(x, g).is_ghost(T, g.shape[2], N))
 
     def _combine(self, key: str) -> None:
         """The norm over several calls: calls follow one another as more tokens of a sample would."""
@@ -166,4 +170,4 @@ def _is_direct_with_gradient(x: Tensor, g: Tensor, has_gram: bool) -> bool:
     # a processor with bfloat16 units forms a bfloat16 gradient several times as fast as float32 shares of it
     if x.device.type != "cpu" or torch.bfloat16 in (x.dtype, g.dtype):
         return False
-    return gradients.is_direct_with_gradient(x.shape[1], g.shape[2], x.shape[2], has_gram)
+    return cast(bool, host_kernels(x, g).is_direct_with_gradient(x.shape[1], g.shape[2], x.shape[2], has_gram))

@@ -12,7 +12,7 @@ addition of a block that lies in the cache.
 The meanings come first; the implementations in plain PyTorch, for any device, follow.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ BLOCK = 1 << 20  # elements of a temporary
 PANEL = 64  # tokens of a panel of the ghost form: smaller ones gain more from symmetry, and products of this size run at full speed
 TILE = 1 << 18  # elements of g^T x made at a time: 1 MiB of float32, a level-2 cache
 SQUARE = 20  # operations of a product in the time in which an element of a tile is squared and added
-SHARE = 20  # the same for adding it to the gradient
+SHARE = 40  # the same for adding it to the gradient, which lies in no cache
 
 
 def reference_grad_norms_sq(x: Tensor, g: Tensor) -> Tensor:
@@ -39,18 +39,22 @@ def reference_embedding_grad_norms_sq(ids: Tensor, g: Tensor, padding_idx: int |
     return reference_grad_norms_sq(x, g)
 
 
-def is_ghost(T: int, M: int, N: int, has_gram: bool = False) -> bool:
-    """Whether the ghost form costs less than the direct one; with the Gram matrix of x at hand only g g^T is left."""
-    return _ghost_cost(T, M, 0 if has_gram else N) < (2 * T + SQUARE) * M * N
-
-
-def is_direct_with_gradient(T: int, M: int, N: int, has_gram: bool = False) -> bool:
-    """Whether `direct_with_gradient` costs less than the ghost form beside an ordinary product."""
-    return _ghost_cost(T, M, 0 if has_gram else N) > (SQUARE + SHARE) * M * N
-
-
-def _ghost_cost(T: int, M: int, N: int) -> int:
+def ghost_cost(T: int, M: int, N: int) -> float:
+    """The time of the ghost form here, in operations of a product."""
     return T * (T + min(T, PANEL)) * (M + N)
+
+
+Cost = Callable[[int, int, int], float]
+
+
+def is_ghost(T: int, M: int, N: int, has_gram: bool = False, cost: Cost = ghost_cost) -> bool:
+    """Whether the ghost form costs less than the direct one; with the Gram matrix of x at hand only g g^T is left."""
+    return cost(T, M, 0 if has_gram else N) < (2 * T + SQUARE) * M * N
+
+
+def is_direct_with_gradient(T: int, M: int, N: int, has_gram: bool = False, cost: Cost = ghost_cost) -> bool:
+    """Whether `direct_with_gradient` costs less than the ghost form beside an ordinary product."""
+    return cost(T, M, 0 if has_gram else N) > (SQUARE + SHARE) * M * N
 
 
 def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from hftcore import use_backend
 from hftcore.errors import HftcoreError
-from hftcore.kernels import gradients
-from hftcore.ops.gradients import embedding_grad_norms_sq, grad_norms_sq, input_gram
+from hftcore.kernels import gradients, native, native_gradients
+from hftcore.ops.gradients import embedding_grad_norms_sq, grad_norms_sq, host_kernels, input_gram
 
 # products of bfloat16 and float16 values are exact in float32, so only the rounding of float32 sums is left in every dtype
 RTOL = 2e-6
@@ -60,7 +60,7 @@ def test_form_that_costs_less_is_chosen():
     assert not gradients.is_ghost(128, 4096, 8)
     assert gradients.is_ghost(1900, 4096, 1024, has_gram=True)
     assert not gradients.is_ghost(2048, 4096, 1024, has_gram=True)
-    assert gradients.is_direct_with_gradient(128, 512, 512)
+    assert gradients.is_direct_with_gradient(256, 512, 512)
     assert not gradients.is_direct_with_gradient(16, 512, 512)
 
 
@@ -87,6 +87,78 @@ def test_small_blocks_change_nothing(form, monkeypatch):
     assert_right(getattr(gradients, form)(x, g), x, g)
     assert_right(gradients.direct_with_gradient(x, g)[0], x, g)
     torch.testing.assert_close(gradients.input_gram(x), x @ x.mT)
+
+
+# one block and its edges; less than a vector of features; two tiles of tokens and a bit; two chunks of features and a bit
+NATIVE_SHAPES = [*SHAPES, (2, 12, 16, 17), (2, 129, 30, 7), (1, 257, 40, 9), (2, 13, 520, 1030), (2, 140, 1025, 3)]
+needs_native = pytest.mark.skipif(not native.available(), reason=native.reason())
+
+
+@pytest.fixture(params=native.simds())
+def simd(request):
+    with native.use_simd(request.param):
+        yield request.param
+
+
+@needs_native
+@pytest.mark.parametrize("shape", NATIVE_SHAPES, ids=str)
+def test_native_ghost_form_matches_the_reference(shape, simd):
+    x, g = pair(*shape)
+    assert_right(native.ghost(x, g), x, g)
+    gram = native.lower_gram(x)
+    torch.testing.assert_close(gram.double(), (x.double() @ x.double().mT).tril(), rtol=0, atol=2e-6 * shape[2])
+    # what lies above the diagonal is not looked at
+    assert_right(native.ghost(x, g, gram + torch.full_like(gram, float("nan")).triu(1)), x, g)
+
+
+@needs_native
+def test_native_ghost_form_reads_strided_inputs_and_gives_the_same_bits_on_any_number_of_threads(simd):
+    wide, transposed = torch.randn(3, 150, 2, 20)[:, :, 1], torch.randn(3, 9, 150).mT
+    assert_right(native.ghost(wide, transposed), wide, transposed)
+    assert_right(native.ghost(wide.transpose(0, 1), wide.transpose(0, 1)), wide.transpose(0, 1), wide.transpose(0, 1))
+    x, g = pair(5, 300, 33, 65)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(native.ghost(x, g))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], one) for one in found)
+
+
+@needs_native
+def test_native_ghost_form_of_nothing_nan_and_terms_that_cancel(simd):
+    assert native.ghost(torch.ones(0, 3, 2), torch.ones(0, 3, 2)).shape == (0,)
+    assert native.ghost(torch.ones(2, 0, 2), torch.ones(2, 0, 3)).tolist() == [0.0, 0.0]
+    x, g = pair(3, 14, 5, 6)
+    x[1, 13, 3] = float("nan")
+    assert native.ghost(x, g).isnan().tolist() == [False, True, False]
+    x, g = torch.randn(1, 1, 64).expand(1, 2, 64), torch.randn(1, 1, 64)
+    assert float(native.ghost(x, torch.cat((g, -g), dim=1))) >= 0
+
+
+@needs_native
+def test_native_form_is_taken_for_float32_on_the_processors_it_is_faster_on():
+    """At T = 128 it costs less than a square-sum beside the gradient of a square matrix of 512; the plain one costs more."""
+    if native.simds()[-1] == "portable":
+        pytest.skip("a processor without AVX2")
+    x = torch.ones(1, 2, 3)
+    assert native_gradients.serves(x, x)
+    assert not native_gradients.serves(x, x.bfloat16())
+    with use_backend("torch"):
+        assert host_kernels(x) is gradients
+    with use_backend("native"):
+        assert host_kernels(x) is native_gradients
+        assert host_kernels(x.double()) is gradients
+        with native.use_simd("portable"):
+            assert host_kernels(x) is gradients
+    with native.use_simd(native.simds()[-1]):
+        assert native_gradients.is_ghost(512, 512, 512)
+        assert native_gradients.is_direct_with_gradient(512, 512, 512)
+    if "avx512" in native.simds():
+        with native.use_simd("avx512"):
+            assert not native_gradients.is_direct_with_gradient(128, 512, 512)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without the interpreter the kernels need tensors on the GPU")

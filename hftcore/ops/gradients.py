@@ -2,6 +2,7 @@
 
 import importlib
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
     Args:
         x: [B, T, N] inputs, float32, bfloat16, float16 or float64.
         g: [B, T, M] gradients of each sample's loss with respect to the outputs; a floating dtype, not necessarily that of x.
-        gram: `input_gram(x)`, for several layers that share x; the form with it is then cheaper (T < 2 N). With it plain PyTorch runs.
+        gram: `input_gram(x)`, for several layers that share x; the form with it is then cheaper (T < 2 N). With it no Triton kernel runs.
 
     Returns:
         [B] float32 on the device of `x`: squares, not roots; of gradients, not of a mean over the batch. NaN where an input is NaN.
@@ -50,10 +51,10 @@ def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
                 f"gram must be input_gram(x), of shape {(x.shape[0], x.shape[1], x.shape[1])} on {x.device}, "
                 f"got {gram.dtype} {tuple(gram.shape)} on {gram.device}"
             )
-        return gradients.grad_norms_sq(x, g, gram)
+        return host_kernels(x, g, gram).grad_norms_sq(x, g, gram)
     if torch.float64 in (x.dtype, g.dtype):
         return gradients.grad_norms_sq(x.double(), g.double())
-    return _kernels(x.device).grad_norms_sq(x, g)
+    return _kernels(x, g).grad_norms_sq(x, g)
 
 
 def input_gram(x: Tensor) -> Tensor:
@@ -102,7 +103,16 @@ def _check_tokens(name: str, x: Tensor) -> None:
         )
 
 
-def _kernels(device: torch.device) -> ModuleType:
-    # plain PyTorch serves the native backend too: these are matrix products, which its library already does well
-    is_triton = backend_for(device.type) == "triton"
-    return importlib.import_module("hftcore.kernels.triton_gradients") if is_triton else gradients
+def host_kernels(*tensors: Tensor) -> ModuleType:
+    """The module that makes matrices of these: `native_gradients` where it serves them, else `gradients`."""
+    device = tensors[0].device.type
+    if device == "cpu" and backend_for(device) == "native":
+        native = importlib.import_module("hftcore.kernels.native_gradients")
+        if native.serves(*tensors):
+            return cast(ModuleType, native)
+    return gradients
+
+
+def _kernels(x: Tensor, g: Tensor) -> ModuleType:
+    is_triton = backend_for(x.device.type) == "triton"
+    return importlib.import_module("hftcore.kernels.triton_gradients") if is_triton else host_kernels(x, g)

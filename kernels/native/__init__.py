@@ -33,6 +33,8 @@ OPS = (
     "mask_counts",
     "sampled_keys",
     "keys_between",
+    "lower_gram",
+    "ghost_norms",
 )
 
 
@@ -338,3 +340,35 @@ def fingerprint(bits: Tensor, first: int = 0) -> int:
         job.values = ctypes.addressof(total)
         _call("fingerprint", job)
     return total.value
+
+
+def lower_gram(x: Tensor) -> Tensor:
+    """As that of `kernels/gradients.py`, of float32."""
+    B, T, _ = x.shape
+    gram = torch.zeros(B, T, T)
+    _call_grams("lower_gram", x, None, None, gram)
+    return gram
+
+
+def ghost(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
+    """As that of `kernels/gradients.py`, of float32; the same bits whatever the thread count."""
+    B, T, _ = x.shape
+    tiles = -(-T // 128)
+    squares = torch.zeros(B, tiles * (tiles + 1) // 2, dtype=torch.float64)
+    _call_grams("ghost_norms", x, g, None if gram is None else gram.contiguous(), squares)
+    return squares.sum(dim=1).clamp_(min=0).float()
+
+
+def _call_grams(op: str, x: Tensor, g: Tensor | None, gram: Tensor | None, out: Tensor) -> None:
+    if not x.numel() or (g is not None and not g.numel()):
+        return
+    x = x if x.stride(2) == 1 else x.contiguous()
+    job = _Job(rows=x.shape[1], columns=x.shape[2], a=x.shape[0], weight=x.data_ptr(), values=out.data_ptr())
+    job.weight_column, job.weight_row, _ = x.stride()
+    if g is not None:
+        g = g if g.stride(2) == 1 else g.contiguous()
+        job.reference, job.b = g.data_ptr(), g.shape[2]
+        job.reference_column, job.reference_row, _ = g.stride()
+    if gram is not None:
+        job.norm = gram.data_ptr()
+    _call(op, job)

@@ -13,6 +13,22 @@ INLINE __m256 load(const BFloat16* p) {
 
 INLINE __m256 load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
+// of the products in grams.h: that many sums lie in the 16 registers
+constexpr int64_t LANES = 8, SUM_ROWS = 3, SUM_COLUMNS = 4;
+using Floats = __m256;
+
+INLINE Floats load_some(const float* p, int64_t n) {
+  const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(n)), place));
+}
+INLINE Floats spread(float x) { return _mm256_set1_ps(x); }
+INLINE Floats multiply_add(Floats x, Floats y, Floats sum) { return _mm256_fmadd_ps(x, y, sum); }
+INLINE float add_up(Floats x) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
 INLINE __m256i load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 INLINE void store_int(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 INLINE uint64_t flags(__m256i x) { return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(x))); }

@@ -12,6 +12,30 @@ INLINE float widen(Float16 x) {
   return from_bits(bits | uint32_t(x.bits & 0x8000) << 16);
 }
 
+// of the products in grams.h
+constexpr int64_t LANES = 4, SUM_ROWS = 2, SUM_COLUMNS = 4;
+
+struct Floats {
+  float lane[LANES];
+};
+
+INLINE Floats load_some(const float* p, int64_t n) {
+  Floats x = {};
+  for (int64_t j = 0; j < n; ++j) x.lane[j] = p[j];
+  return x;
+}
+
+INLINE Floats load(const float* p) { return load_some(p, LANES); }
+
+INLINE Floats spread(float x) { return {{x, x, x, x}}; }
+
+INLINE Floats multiply_add(Floats x, Floats y, Floats sum) {
+  for (int64_t j = 0; j < LANES; ++j) sum.lane[j] += x.lane[j] * y.lane[j];
+  return sum;
+}
+
+INLINE float add_up(Floats x) { return (x.lane[0] + x.lane[1]) + (x.lane[2] + x.lane[3]); }
+
 // sums of scores; not finite if one of them is not
 struct Sum {
   float lane[16];

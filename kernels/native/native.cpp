@@ -31,6 +31,8 @@ enum Op {
   MASK_COUNTS,
   SAMPLED_KEYS,
   KEYS_BETWEEN,
+  LOWER_GRAM,
+  GHOST_NORMS,
 };
 
 template <class T>
@@ -61,6 +63,8 @@ namespace portable {
 
 #include "select.h"
 
+#include "grams.h"
+
 #include "ops.h"
 }  // namespace portable
 
@@ -68,13 +72,15 @@ namespace portable {
 #ifdef HFTCORE_X86
 
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c,bmi,bmi2,popcnt,lzcnt")
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")
 namespace avx2 {
 #include "lanes_avx2.h"
 
 #include "keys.h"
 
 #include "select.h"
+
+#include "grams.h"
 
 #include "ops.h"
 }  // namespace avx2
@@ -88,6 +94,8 @@ namespace avx512 {
 #include "keys.h"
 
 #include "select.h"
+
+#include "grams.h"
 
 #include "ops.h"
 }  // namespace avx512
@@ -104,8 +112,8 @@ extern "C" {
 int hftcore_best_simd() {
 #ifdef HFTCORE_X86
   // the instructions of the AVX2 machines (2013) that the compiler may use there
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
-              __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("lzcnt");
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+              __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("lzcnt");
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx2 ? avx512 ? 2 : 1 : 0;
@@ -116,7 +124,7 @@ int hftcore_best_simd() {
 
 // 0, or 1 when memory could not be had (nothing was changed), or 2 for an unknown op
 int hftcore_run(int simd, int op, const hftcore::Job* job) {
-  if (op < 0 || op > hftcore::KEYS_BETWEEN || simd < 0 || simd > hftcore_best_simd()) return 2;
+  if (op < 0 || op > hftcore::GHOST_NORMS || simd < 0 || simd > hftcore_best_simd()) return 2;
 #ifdef HFTCORE_X86
   if (simd == 2) return hftcore::avx512::run(op, *job) ? 0 : 1;
   if (simd == 1) return hftcore::avx2::run(op, *job) ? 0 : 1;

@@ -47,18 +47,18 @@ struct Ops {
     while (chunks.next(begin, end)) {
       for (int64_t row = begin; row < end;) {
         for (int64_t last = band.load(row, end); row < last; ++row) {
-          const T* w = band.weight.at(row);
-          float sum = make_keys<T>(w, band.reference.at(row), job.norm, columns, key);
+          const T *w = band.weight.at(row), *r = band.reference.at(row);
           Cut cut{0, 0};
-          bool is_refused = count_nonfinite(key, columns, sum) > 0;
-          refused += is_refused;
-          if (!is_refused) cut = select(key, columns, job.a, sum, guess, one, two, w + columns);
+          bool finite = select(w, r, job.norm, columns, job.a, guess, key, one, two, cut);
+          refused += !finite;
           if (selection.cuts) {
             selection.cuts[row] = cut;
-          } else if (is_refused) {
+          } else if (!finite) {
             std::memset(job.mask + row * bytes, 0, size_t(bytes));
-          } else {
+          } else if (columns <= SPAN) {
             mark(key, columns, cut, job.invert, job.mask + row * bytes);
+          } else {
+            mark_scores(w, r, job.norm, columns, cut, job.invert, key, job.mask + row * bytes);
           }
         }
       }
@@ -253,11 +253,7 @@ struct Ops {
             remove<T>(w, r, job.norm, job.columns, cut, job.invert, key, own);
             continue;
           }
-          for (int64_t i = 0; i < job.columns; i += SPAN) {
-            int64_t n = smaller(SPAN, job.columns - i);
-            make_keys<T>(w + i, r ? r + i : nullptr, job.norm + i, n, key);
-            mark(key, n, cut, job.invert, job.mask + row * bytes + i / 8);
-          }
+          mark_scores(w, r, job.norm, job.columns, cut, job.invert, key, job.mask + row * bytes);
         }
         if (!job.mask) band.weight.save(first, last);
       }
@@ -524,6 +520,7 @@ inline bool run_typed(int op, const Job& job) {
 }
 
 inline bool run(int op, const Job& job) {
+  if (op == LOWER_GRAM || op == GHOST_NORMS) return run_grams(op == GHOST_NORMS, job);
   if (op == MASK_COUNTS) return parallel(job.rows, job.columns / 8, 1, job.threads, 0, mask_counts, &job);
   if (op == FINGERPRINT) {
     int64_t pieces = (job.a + job.b - 1) / job.b;

@@ -1,0 +1,160 @@
+// Per-sample inner products of tokens: x x^T, and < x x^T, g g^T > without either matrix in memory. Included like keys.h.
+//
+// A pair of rows is multiplied along its contiguous axis with one vector of sums in registers: nothing is packed. Only pairs up to
+// the diagonal are, in tiles of rows that stay in the second-level cache with a chunk of their columns.
+
+constexpr int64_t TILE_ROWS = 128;
+constexpr int64_t CHUNK = 512;
+
+// x and g: `a` samples of `rows` tokens, the tokens weight_row and reference_row apart, the samples weight_column and reference_column;
+// `columns` features of x and `b` of g, contiguous. `norm`: the Gram matrices of x, if they are there. All float32.
+struct Grams {
+  const Job& job;
+  int64_t height, bands, pairs;  // rows of a tile, a multiple of all block sizes; tiles of a sample's rows; pairs of these
+
+  explicit Grams(const Job& job) : job(job) {
+    int64_t count = (job.rows + TILE_ROWS - 1) / TILE_ROWS;
+    height = round_up((job.rows + count - 1) / count, 12);
+    bands = (job.rows + height - 1) / height;
+    pairs = bands * (bands + 1) / 2;
+  }
+};
+
+struct Tile {
+  int64_t sample, first, second;  // rows [first, first + rows) against [second, second + columns), second <= first
+  int64_t rows, columns, pitch;
+  float* values;
+
+  Tile(const Grams& grams, int64_t item, float* values) : pitch(grams.height), values(values) {
+    int64_t band = 0, pair = item % grams.pairs;
+    for (; pair > band; ++band) pair -= band + 1;
+    sample = item / grams.pairs;
+    first = band * pitch;
+    second = pair * pitch;
+    rows = smaller(pitch, grams.job.rows - first);
+    columns = smaller(pitch, grams.job.rows - second);
+  }
+};
+
+struct Side {
+  const float* data;
+  int64_t row, features;
+};
+
+inline void pointers(const Side& side, int64_t first, int64_t count, int64_t start, int64_t blocks, int64_t k, const float** out) {
+  // rows past the last one are the last one again; what comes of them is not used
+  for (int64_t i = 0; i < blocks; ++i) out[i] = side.data + (first + smaller(start + i, count - 1)) * side.row + k;
+}
+
+INLINE void multiply_rows(const float* const* a, const float* const* b, int64_t n, Floats (&sum)[SUM_ROWS][SUM_COLUMNS]) {
+  for (auto& row : sum)
+    for (Floats& one : row) one = spread(0);
+  int64_t k = 0;
+  for (; k + LANES <= n; k += LANES) {
+    Floats x[SUM_ROWS];
+    for (int64_t i = 0; i < SUM_ROWS; ++i) x[i] = load(a[i] + k);
+    for (int64_t j = 0; j < SUM_COLUMNS; ++j) {
+      Floats y = load(b[j] + k);
+      for (int64_t i = 0; i < SUM_ROWS; ++i) sum[i][j] = multiply_add(x[i], y, sum[i][j]);
+    }
+  }
+  if (k == n) return;
+  for (int64_t j = 0; j < SUM_COLUMNS; ++j) {
+    Floats y = load_some(b[j] + k, n - k);
+    for (int64_t i = 0; i < SUM_ROWS; ++i) sum[i][j] = multiply_add(load_some(a[i] + k, n - k), y, sum[i][j]);
+  }
+}
+
+// `use(row, column, sums)` for every block of the tile up to the diagonal, for one chunk of the features after the other.
+template <class Use>
+INLINE void for_blocks(const Tile& tile, const Side& side, Use use) {
+  for (int64_t k = 0; k < side.features; k += CHUNK) {
+    int64_t n = smaller(CHUNK, side.features - k);
+    for (int64_t i = 0; i < tile.rows; i += SUM_ROWS) {
+      const float* a[SUM_ROWS];
+      pointers(side, tile.first, tile.rows, i, SUM_ROWS, k, a);
+      int64_t stop = tile.first == tile.second ? smaller(tile.columns, i + SUM_ROWS) : tile.columns;
+      for (int64_t j = 0; j < stop; j += SUM_COLUMNS) {
+        const float* b[SUM_COLUMNS];
+        pointers(side, tile.second, tile.columns, j, SUM_COLUMNS, k, b);
+        Floats sum[SUM_ROWS][SUM_COLUMNS];
+        multiply_rows(a, b, n, sum);
+        use(i, j, sum);
+      }
+    }
+  }
+}
+
+inline void make_gram(const Tile& tile, const Side& side) {
+  std::memset(tile.values, 0, size_t(tile.pitch * tile.pitch) * sizeof(float));
+  for_blocks(tile, side, [&](int64_t i, int64_t j, const Floats(&sum)[SUM_ROWS][SUM_COLUMNS]) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < SUM_ROWS; ++r)
+      for (int64_t c = 0; c < SUM_COLUMNS; ++c) tile.values[(i + r) * tile.pitch + j + c] += add_up(sum[r][c]);
+  });
+}
+
+inline void lower_gram(const void* context, char* memory, Chunks& chunks) {
+  const Grams& grams = *static_cast<const Grams*>(context);
+  const Job& job = grams.job;
+  int64_t begin, end;
+  while (chunks.next(begin, end))
+    for (; begin < end; ++begin) {
+      Tile tile(grams, begin, reinterpret_cast<float*>(memory));
+      Side x{static_cast<const float*>(job.weight) + tile.sample * job.weight_column, job.weight_row, job.columns};
+      make_gram(tile, x);
+      float* out = static_cast<float*>(job.values) + tile.sample * job.rows * job.rows;
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        int64_t row = tile.first + i, count = smaller(tile.columns, row + 1 - tile.second);
+        std::memcpy(out + row * job.rows + tile.second, tile.values + i * tile.pitch, size_t(count) * sizeof(float));
+      }
+    }
+}
+
+// What lies left of the diagonal counts twice, for its mirror image, and what is above it or no token's not at all.
+inline void weigh(const Tile& tile) {
+  for (int64_t i = 0; i < tile.pitch; ++i)
+    for (int64_t j = 0; j < tile.pitch; ++j) {
+      float& value = tile.values[i * tile.pitch + j];
+      int64_t row = tile.first + i, column = tile.second + j;
+      if (i >= tile.rows || column > row)
+        value = 0;
+      else if (column < row)
+        value *= 2;
+    }
+}
+
+inline void ghost_norms(const void* context, char* memory, Chunks& chunks) {
+  const Grams& grams = *static_cast<const Grams*>(context);
+  const Job& job = grams.job;
+  int64_t begin, end;
+  while (chunks.next(begin, end))
+    for (; begin < end; ++begin) {
+      Tile tile(grams, begin, reinterpret_cast<float*>(memory));
+      if (job.norm) {
+        const float* gram = job.norm + tile.sample * job.rows * job.rows;
+        for (int64_t i = 0; i < tile.rows; ++i)
+          std::memcpy(tile.values + i * tile.pitch, gram + (tile.first + i) * job.rows + tile.second,
+                      size_t(tile.columns) * sizeof(float));
+      } else {
+        make_gram(tile, {static_cast<const float*>(job.weight) + tile.sample * job.weight_column, job.weight_row, job.columns});
+      }
+      weigh(tile);
+      Side g{static_cast<const float*>(job.reference) + tile.sample * job.reference_column, job.reference_row, job.b};
+      double total = 0;
+      for_blocks(tile, g, [&](int64_t i, int64_t j, const Floats(&sum)[SUM_ROWS][SUM_COLUMNS]) __attribute__((always_inline)) {
+        Floats part = spread(0);
+        for (int64_t r = 0; r < SUM_ROWS; ++r)
+          for (int64_t c = 0; c < SUM_COLUMNS; ++c)
+            part = multiply_add(spread(tile.values[(i + r) * tile.pitch + j + c]), sum[r][c], part);
+        total += double(add_up(part));
+      });
+      static_cast<double*>(job.values)[begin] = total;
+    }
+}
+
+inline bool run_grams(bool ghost, const Job& job) {
+  Grams grams(job);
+  int64_t scratch = grams.height * grams.height * int64_t{sizeof(float)};
+  int64_t work = grams.height * grams.height * ((job.norm ? 0 : job.columns) + (ghost ? job.b : 0)) / LANES;
+  return parallel(job.a * grams.pairs, work, 1, job.threads, scratch, ghost ? ghost_norms : lower_gram, &grams);
+}

@@ -147,7 +147,7 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise HftcoreError(f"cannot write --out {out}: {error}; nothing was left there") from error
+        raise HftcoreError(f"cannot write --out {out}: {error}; there is nothing at {out}") from error
 
 
 def _counts(edit: Edit) -> Result:

@@ -141,6 +141,10 @@ def check_measured(job: Job) -> None:
         raise HftcoreError(f"--score {job.score} looks at no activations: leave {measured[0]} out")
     if len(measured) > 1:
         raise HftcoreError("--data and --energy were both given; give one")
+    if job.energy is not None and not job.energy.exists():
+        raise HftcoreError(
+            f"--energy must be a file that `hftcore calibrate` wrote, got {job.energy}, which does not exist"
+        )
 
 
 def _check_adapter(job: Job, targets: Targets | None, merges: bool, is_reference: bool) -> None:

@@ -239,7 +239,7 @@ def config_text(recipe: dict[str, Any], tensors: dict[str, Any]) -> str:
 
 def count_marks(mask: Tensor) -> int:
     """`ops.count_mask` of a mask that may be mapped from a file and larger than memory: by pieces whose temporaries are small."""
-    return sum(ops.count_mask(part) for part in mask.reshape(-1).split(1 << 14))
+    return sum(ops.count_mask(part) for part in mask.reshape(-1).split(1 << 18))
 
 
 def _all_or_none(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from hftcore.direct import DirectWriter
@@ -106,20 +106,25 @@ class EditWriter:
 
     def edit(self, recipe: dict[str, Any], fingerprints: dict[str, tuple[str, str]]) -> Edit:
         """What `Edit.load` gives for the finished folder, without counting the marks of every mask on the disk."""
-        with safe_open(self.file, framework="pt") as stored:
-            entries = {
-                name: TensorEdit(
-                    slot.shape,
-                    _name(slot.dtype),
-                    slot.transposed,
-                    stored.get_tensor(f"{name}.mask"),
-                    stored.get_tensor(f"{name}.before"),
-                    stored.get_tensor(f"{name}.after") if slot.has_after else None,
-                    *fingerprints[name],
-                )
-                for name, slot in self.slots.items()
-            }
+        # not by the safetensors library: to look at a tensor makes the system read on for megabytes
+        held = np.memmap(self.file, np.uint8, "c")
+        entries = {
+            name: TensorEdit(
+                slot.shape,
+                _name(slot.dtype),
+                slot.transposed,
+                self._mapped(held, f"{name}.mask", torch.uint8, slot.rows * slot.width).view(slot.rows, slot.width),
+                self._mapped(held, f"{name}.before", slot.dtype, slot.changed),
+                self._mapped(held, f"{name}.after", slot.dtype, slot.changed) if slot.has_after else None,
+                *fingerprints[name],
+            )
+            for name, slot in self.slots.items()
+        }
         return Edit(entries, recipe)
+
+    def _mapped(self, held: np.ndarray, name: str, dtype: torch.dtype, count: int) -> Tensor:
+        start = self._places[name][0]
+        return torch.frombuffer(held, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

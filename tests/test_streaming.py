@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 import hftcore
 from hftcore import Edit, Energy, HftcoreError, NonFiniteError, direct
 from hftcore.bindings import jobs
-from hftcore.bindings.checkpoints import blocks, rewrite
+from hftcore.bindings.checkpoints import blocks, rewrite, threshold
 from hftcore.bindings.checkpoints.manifest import MANIFEST
 from hftcore.bindings.checkpoints.prune import prune_folder
 from hftcore.bindings.checkpoints.verify import verify_folder
@@ -280,6 +280,55 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_left_alone(tmp_path, ki
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_file_is_refused_before_anything_is_written(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    os.mkfifo(tmp_path / "model" / "pipe")
+    with pytest.raises(HftcoreError, match="model/pipe is no file that can be copied"):
+        prune_folder(tmp_path / "model", energy_of(model), "50%", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_running_out_of_memory_is_said_in_one_line(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(jobs, "check_output", fail)
+    code, _, err = command(
+        "calibrate", tmp_path, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "energy", "--no-offload"
+    )
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("error: out of memory; free some")
+
+
+@pytest.mark.parametrize("share", ["0.5", "0.02", "0.97"])
+@pytest.mark.parametrize("spread", ["alike", "by row", "by matrix", "two values"])
+@pytest.mark.parametrize("keys", [1 << 23, 300])
+def test_a_threshold_is_exact_however_the_sample_misleads(tmp_path, monkeypatch, share, spread, keys):
+    """Stretches that tell little of the rest, windows that lack the wanted key, and more keys than there is room for."""
+    monkeypatch.setattr(threshold, "KEYS", keys)
+    monkeypatch.setattr(threshold, "LENGTH", 64)
+    monkeypatch.setattr(threshold, "FEWEST", 20)
+    draw = torch.Generator().manual_seed(0)
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            if parameter.dim() == 2:
+                parameter.normal_(generator=draw)
+                if spread == "by row":
+                    parameter *= torch.logspace(-4, 4, len(parameter))[:, None]
+                elif spread == "by matrix":
+                    parameter *= 10.0**number
+                elif spread == "two values":
+                    parameter.copy_(parameter.sign())
+    save_in(model, tmp_path / "model", 2, 0)
+    energy = energy_of(model)
+    found = prune_folder(tmp_path / "model", energy, f"{share} model", tmp_path / "out", edit_only=True)
+    edit = hftcore.prune(model, energy, f"{share} model")
+    assert all(torch.equal(found.tensors[name].mask, entry.mask) for name, entry in edit.tensors.items())
+
+
 def test_other_copies_of_the_weights_and_an_older_edit_are_left_behind(tmp_path):
     model = tiny_model("llama")
     energy = energy_of(model)
@@ -372,9 +421,15 @@ def test_commands_that_measure_nothing_load_no_model(tmp_path, monkeypatch):
     assert err.startswith("warning: removing the highest-scored weights of full or merged matrices")
     assert command("wanda", *common, tmp_path / "sparse", "--scope", "model", "--sparsity", "2%")[0] == 0
     assert command("wanda", tmp_path / "model", "--score", "magnitude", "--out", tmp_path / "small")[0] == 0
-    code, _, err = command("wanda", *common, tmp_path / "sparse")
-    assert (code, err.count("\n")) == (1, 1)
-    assert "--out must not exist yet" in err
+    missing = [tmp_path / "model", "--energy", tmp_path / "nothing", "--out", tmp_path / "more"]
+    for arguments, message in [
+        ([*common, tmp_path / "sparse"], "--out must not exist yet"),
+        (missing, "--energy must be a file that `hftcore calibrate` wrote, got .*nothing, which does not exist"),
+    ]:
+        code, _, err = command("wanda", *arguments)
+        assert (code, err.count("\n")) == (1, 1)
+        assert re.search(message, err)
+    assert not (tmp_path / "more").exists()
 
 
 def test_verify_says_whether_a_folder_is_whole(written):

@@ -12,7 +12,7 @@ from hftcore.bindings.checkpoints.pieces import find_pieces
 from hftcore.bindings.checkpoints.prune import prune_folder
 from hftcore.bindings.checkpoints.skeleton import load_skeleton
 from hftcore.bindings.checkpoints.stored import list_tensors
-from hftcore.bindings.jobs import Job, batches_of, open_data
+from hftcore.bindings.jobs import Job, batches_of, check_measured, open_data
 from hftcore.bindings.memory import available_memory
 from hftcore.bindings.models_io import find_device, find_folder, is_adapter
 from hftcore.bindings.output import check_output
@@ -39,6 +39,7 @@ def streams(job: Job) -> bool:
 def prune_streamed(job: Job, pattern: Pattern, recipe: dict[str, Any], measured: Energy | None = None) -> Edit:
     """Carry out a job for which `streams` is true, or one that has just `measured`; `recipe` as for `prune_folder`."""
     check_output(job.out, [folder for folder in (job.model, job.reference) if folder], "--out")
+    check_measured(job)
     energy = measured if job.energy is None else Energy.load(job.energy)
     if energy is not None and "method" in recipe:
         recipe = {**recipe, "average": energy.average}

@@ -217,4 +217,6 @@ def _walk(folder: Path, top: Path) -> Iterator[Path]:
             yield from _walk(item, top)
         else:
             check_link(item, top)
+            if not item.is_file():
+                raise HftcoreError(f"{item} is no file that can be copied (a pipe, socket or device); remove it")
             yield item

@@ -26,7 +26,9 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
                 if isinstance(error, typer.Exit) or hasattr(error, "format_message"):
                     raise
                 message = " ".join(str(error).split())
-                known = isinstance(error, (ValueError, OSError)) and message
+                if isinstance(error, MemoryError):
+                    message = "out of memory; free some, or work on fewer or shorter samples at a time"
+                known = isinstance(error, (ValueError, OSError, MemoryError)) and message
                 typer.echo(f"error: {message if known else f'{type(error).__name__}: {message}'}", err=True)
                 raise typer.Exit(1) from error
 

@@ -486,6 +486,31 @@ def test_values_chosen_to_defeat_the_samples_are_still_selected_exactly(simd):
         assert torch.equal(mask, reference.pack(wanted))
 
 
+def test_first_columns_that_mislead_about_a_row_change_nothing(simd, dtype):
+    M, N, head = 8, 5000, 2048  # the columns from which a row's threshold is guessed
+    alike = normal(M, N)
+    cases = {name: alike.clone() for name in ("alike", "zero", "small", "by turns", "huge", "huge behind", "flat behind")}
+    cases["zero"][:, :head] = 0
+    cases["small"][:, :head] *= 1e-3
+    cases["by turns"][1::2, :head] *= 20
+    cases["huge"] = (alike.sign() * (1 + alike.abs())) * (1e37 if dtype != torch.float16 else 1e3)  # sums to infinity
+    cases["huge behind"][:, head:] = cases["huge"][:, head:]
+    cases["flat behind"][:, head:] = 0.5
+    for weight in cases.values():
+        weight = weight.to(dtype)
+        for count in (0, 1, N // 10, N // 2, N - 1, N):
+            wanted = reference.row_mask(weight, torch.ones(N), None, count, False)
+            mask, pruned = poisoned_mask(M, N), weight.clone()
+            assert native.prune_rows(weight, torch.ones(N), None, count, False, mask) == 0
+            assert torch.equal(mask, reference.pack(wanted))
+            assert native.prune_rows(pruned, torch.ones(N), None, count, False, None) == 0
+            assert_same_bits(pruned, removed(weight, wanted, None))
+        weight[M - 2, N - 1] = torch.nan  # where a guess from the rows before is at work
+        before = weight.clone()
+        assert native.prune_rows(weight, torch.ones(N), None, N // 2, False, None) == 1
+        assert_same_bits(weight, before)
+
+
 def test_very_wide_and_empty_matrices(simd):
     N = 70001
     weight, norm = normal(2, N), norms(N)

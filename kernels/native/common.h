@@ -24,6 +24,7 @@ constexpr int32_t FINITE = 0x7F800000;   // keys from here on are infinities and
 constexpr int32_t PADDING = 0x7FFFFFFF;  // fills a key buffer up to a multiple of BLOCK
 constexpr int64_t BLOCK = 64;            // columns handled as one machine word of mask bits
 constexpr int64_t SPAN = 2048;           // columns whose keys stay in the first-level cache
+constexpr int64_t AHEAD = 1 << 13;       // bytes from what is read to what is fetched: the processor's own prefetching ends with a page
 constexpr int64_t GRAIN = 1 << 17;       // elements handed to a thread at a time
 
 struct BFloat16 {
@@ -48,6 +49,19 @@ struct Job {
 };
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// The marked ones of up to 64 elements, to `out` and back. Each returns where the next of them belong.
+template <class T>
+INLINE T* take_marked(const T* w, uint64_t marked, T* out) {
+  for (; marked; marked &= marked - 1) *out++ = w[__builtin_ctzll(marked)];
+  return out;
+}
+
+template <class T>
+INLINE const T* put_marked(T* w, uint64_t marked, const T* in) {
+  for (; marked; marked &= marked - 1) w[__builtin_ctzll(marked)] = *in++;
+  return in;
+}
 
 // Rows of a strided matrix as contiguous memory. Rows that are not contiguous are gathered a few at a time, so that a cache
 // line of a transposed matrix serves all the rows it holds.

@@ -3,6 +3,12 @@
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Brings a block of weights that will be read soon, here or beyond the matrix, towards the cache.
+template <class T>
+INLINE void fetch64(const T* w, int64_t bytes) {
+  for (int64_t i = 0; i < BLOCK * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(w) + bytes + i);
+}
+
 // The last columns of a row as a whole block: zeros behind them.
 template <class T>
 struct Tail {
@@ -23,9 +29,16 @@ inline float make_keys(const T* w, const T* r, const float* norm, int64_t column
   reset(sum);
   int64_t whole = columns / BLOCK * BLOCK;
   if (r) {
-    for (int64_t i = 0; i < whole; i += BLOCK) keys64(w + i, r + i, norm + i, key + i, sum);
+    for (int64_t i = 0; i < whole; i += BLOCK) {
+      fetch64(w + i, AHEAD);
+      fetch64(r + i, AHEAD);
+      keys64(w + i, r + i, norm + i, key + i, sum);
+    }
   } else {
-    for (int64_t i = 0; i < whole; i += BLOCK) keys64(w + i, static_cast<const T*>(nullptr), norm + i, key + i, sum);
+    for (int64_t i = 0; i < whole; i += BLOCK) {
+      fetch64(w + i, AHEAD);
+      keys64(w + i, static_cast<const T*>(nullptr), norm + i, key + i, sum);
+    }
   }
   if (whole < columns) {
     Tail<T> tail(w + whole, r ? r + whole : nullptr, norm + whole, columns - whole);
@@ -80,7 +93,7 @@ inline int64_t collect(const int32_t* key, int64_t columns, int32_t low, int32_t
   reset(below);
   uint32_t width = uint32_t(high) - uint32_t(low);
   for (int64_t i = 0; i < columns; i += BLOCK) {
-    for (int64_t j = 0; ahead && j < BLOCK; j += 64 / int64_t{sizeof(T)}) __builtin_prefetch(ahead + i + j, 0, 2);
+    if (ahead) fetch64(ahead + i, 0);
     end = collect64(key + i, low, width, end, below);
   }
   for (int64_t i = 0; i < BLOCK; ++i) end[i] = PADDING;
@@ -103,8 +116,10 @@ inline int64_t collect_scores(const T* w, const T* r, const float* norm, int64_t
   reset(sum);
   uint32_t width = uint32_t(high) - uint32_t(low);
   int64_t whole = columns / BLOCK * BLOCK;
-  for (int64_t i = 0; i < whole; i += BLOCK)
+  for (int64_t i = 0; i < whole; i += BLOCK) {
+    fetch64(w + i, AHEAD);
     end = collect_scores64(w + i, r ? r + i : nullptr, norm + i, low, width, end, below, sum);
+  }
   under = finish(below);
   if (whole < columns) {
     Tail<T> tail(w + whole, r ? r + whole : nullptr, norm + whole, columns - whole);
@@ -146,6 +161,17 @@ inline void mark(const int32_t* key, int64_t columns, Cut& cut, bool invert, uin
   }
 }
 
+// The same straight from the weights; `key` holds a span.
+template <class T>
+inline void mark_scores(const T* w, const T* r, const float* norm, int64_t columns, Cut cut, bool invert, int32_t* key,
+                        uint8_t* bits) {
+  for (int64_t i = 0; i < columns; i += SPAN) {
+    int64_t n = smaller(SPAN, columns - i);
+    make_keys<T>(w + i, r ? r + i : nullptr, norm + i, n, key);
+    mark(key, n, cut, invert, bits + i / 8);
+  }
+}
+
 INLINE uint64_t load_bits(const uint8_t* bits, int64_t columns) {
   uint64_t word = 0;
   if (columns >= BLOCK) {
@@ -180,9 +206,15 @@ template <class T>
 inline void remove_below(T* w, const T* r, const float* norm, int64_t columns, int32_t value, bool invert) {
   int64_t whole = columns / BLOCK * BLOCK;
   if (r) {
-    for (int64_t i = 0; i < whole; i += BLOCK) cut64(w + i, r + i, norm + i, value, invert);
+    for (int64_t i = 0; i < whole; i += BLOCK) {
+      fetch64(w + i, AHEAD);
+      cut64(w + i, r + i, norm + i, value, invert);
+    }
   } else {
-    for (int64_t i = 0; i < whole; i += BLOCK) cut64(w + i, static_cast<const T*>(nullptr), norm + i, value, invert);
+    for (int64_t i = 0; i < whole; i += BLOCK) {
+      fetch64(w + i, AHEAD);
+      cut64(w + i, static_cast<const T*>(nullptr), norm + i, value, invert);
+    }
   }
   if (whole < columns) {
     Tail<T> tail(w + whole, r ? r + whole : nullptr, norm + whole, columns - whole);

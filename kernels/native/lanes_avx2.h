@@ -175,3 +175,13 @@ INLINE void put64(T* w, const T* r, uint64_t marked) {
     store_int(w + i, _mm256_blendv_epi8(load_int(w + i), other, chosen));
   }
 }
+
+template <class T>
+INLINE T* take64(const T* w, uint64_t marked, T* out) {
+  return take_marked(w, marked, out);
+}
+
+template <class T>
+INLINE const T* give64(T* w, uint64_t marked, const T* in) {
+  return put_marked(w, marked, in);
+}

@@ -140,3 +140,52 @@ INLINE void put64(T* w, const T* r, uint64_t marked) {
     _mm512_storeu_si512(w + i, _mm512_mask_mov_epi16(_mm512_loadu_si512(w + i), __mmask32(marked >> i), other));
   }
 }
+
+INLINE __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1); }
+
+INLINE float* take64(const float* w, uint64_t marked, float* out) {
+  for (int i = 0; i < BLOCK; i += 16) {
+    __mmask16 some = __mmask16(marked >> i);
+    int n = __builtin_popcount(some);
+    _mm512_mask_storeu_ps(out, first_lanes(n), _mm512_maskz_compress_ps(some, _mm512_loadu_ps(w + i)));
+    out += n;
+  }
+  return out;
+}
+
+template <class T>
+INLINE T* take64(const T* w, uint64_t marked, T* out) {
+  for (int i = 0; i < BLOCK; i += 16) {
+    __mmask16 some = __mmask16(marked >> i);
+    int n = __builtin_popcount(some);
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i)));
+    _mm256_mask_storeu_epi16(out, first_lanes(n), _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(some, wide)));
+    out += n;
+  }
+  return out;
+}
+
+INLINE const float* give64(float* w, uint64_t marked, const float* in) {
+  for (int i = 0; i < BLOCK; i += 16) {
+    __mmask16 some = __mmask16(marked >> i);
+    int n = __builtin_popcount(some);
+    __m512 values = _mm512_maskz_loadu_ps(first_lanes(n), in);
+    _mm512_storeu_ps(w + i, _mm512_mask_expand_ps(_mm512_loadu_ps(w + i), some, values));
+    in += n;
+  }
+  return in;
+}
+
+template <class T>
+INLINE const T* give64(T* w, uint64_t marked, const T* in) {
+  for (int i = 0; i < BLOCK; i += 16) {
+    __mmask16 some = __mmask16(marked >> i);
+    int n = __builtin_popcount(some);
+    __m512i values = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), in));
+    __m256i* at = reinterpret_cast<__m256i*>(w + i);
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at));
+    _mm256_storeu_si256(at, _mm512_cvtepi32_epi16(_mm512_mask_expand_epi32(wide, some, values)));
+    in += n;
+  }
+  return in;
+}

@@ -377,7 +377,7 @@ struct Ops {
           T* out = static_cast<T*>(job.values) + job.rowwise[row];
           for (int64_t i = 0; i < job.columns; i += BLOCK) {
             uint64_t word = load_bits(job.mask + row * bytes + i / 8, job.columns - i);
-            for (; word; word &= word - 1) *out++ = w[i + __builtin_ctzll(word)];
+            out = job.columns - i < BLOCK ? take_marked(w + i, word, out) : take64(w + i, word, out);
           }
         }
       }
@@ -402,7 +402,7 @@ struct Ops {
           const T* value = static_cast<const T*>(job.values) + job.rowwise[row];
           for (int64_t i = 0; i < job.columns; i += BLOCK) {
             uint64_t word = load_bits(bits + i / 8, job.columns - i);
-            for (; word; word &= word - 1) w[i + __builtin_ctzll(word)] = *value++;
+            value = job.columns - i < BLOCK ? put_marked(w + i, word, value) : give64(w + i, word, value);
           }
         }
         band.weight.save(first, last);

@@ -23,9 +23,10 @@ inline Cut nth_of_few(const int32_t* key, int64_t m, int64_t k, int32_t& value) 
   }
 }
 
-// Where the threshold is expected: it moves little from row to row, once divided by the row's mean score.
+// Where the threshold is expected: it moves little from row to row, once divided by the mean score of
+// the row's first span.
 struct Guess {
-  float scaled = 0;     // running mean of threshold over mean score
+  float scaled = 0;     // running mean of threshold over that mean
   float error = 0.01f;  // running mean of the relative miss
 };
 
@@ -99,34 +100,54 @@ inline Cut nth(const int32_t* from, int64_t m, int64_t k, int32_t low, int32_t h
   return nth_of_few(from, size, k, value);
 }
 
-// The cut below which the k lowest of `columns` keys lie, whose scores add up to `sum`. Exact whatever the guess is: a bracket that
-// misses only costs time. `ahead` is where the next row begins.
+// The cut below which the k lowest scores of a row lie; false where a score is not finite. Exact whatever the guess is: a bracket
+// that misses only costs time. The first span tells where the threshold is to be expected, so each span's keys are looked through
+// while they are in the first-level cache, and the next span, or the row behind, is on its way meanwhile. `key`, which holds a row,
+// is left with all of its keys only where one span does.
 template <class T>
-inline Cut select(const int32_t* key, int64_t columns, int64_t k, float sum, Guess& guess, int32_t* one, int32_t* two,
-                  const T* ahead) {
-  if (k <= 0) return {0, 0};
-  if (k >= columns) return {FINITE, 0};
+inline bool select(const T* w, const T* r, const float* norm, int64_t columns, int64_t k, Guess& guess, int32_t* key, int32_t* one,
+                   int32_t* two, Cut& cut) {
+  const int64_t head = smaller(SPAN, columns);
+  float sum = make_keys<T>(w, r, norm, head, key);
+  const float mean = sum / float(head), centre = guess.scaled * mean;
+  const bool guessed = 0 < k && k < columns && columns > BLOCK && centre > 0 && centre < 1e38f;
+  bool found = false;
   int32_t value;
-  if (columns <= BLOCK) return nth_of_few(key, columns, k, value);
-  float mean = sum / float(columns);
-  float centre = guess.scaled * mean;
-  bool guessed = centre > 0 && centre < 1e38f, found = false;
-  Cut cut;
   if (guessed) {
     float half = 5 * guess.error;
     if (half > 0.25f) half = 0.25f;
     int32_t low = int32_t(to_bits(centre * (1 - half))), high = int32_t(to_bits(centre * (1 + half))) + 1;
     if (low < 1) low = 1;
-    int64_t below, inside = collect(key, columns, low, high, one, below, ahead);
-    found = below < k && k <= below + inside;
+    int64_t below = 0, inside = 0;
+    for (int64_t i = 0, n = head;;) {
+      int64_t under;
+      inside += collect(key, n, low, high, one + inside, under, w + i + n);
+      below += under;
+      i += n;
+      if (i == columns) break;
+      n = smaller(SPAN, columns - i);
+      sum += make_keys<T>(w + i, r ? r + i : nullptr, norm + i, n, key);
+    }
+    found = std::isfinite(sum) && below < k && k <= below + inside;
     if (found) cut = nth(one, inside, k - below, low, high, inside * 4 < columns, one, two, value);
   }
   if (!found) {
+    if (head < columns) sum = make_keys<T>(w, r, norm, columns, key);
+    if (count_nonfinite(key, columns, sum)) return false;
+    if (k <= 0 || k >= columns) {
+      cut = {k <= 0 ? 0 : FINITE, 0};
+      return true;
+    }
+    if (columns <= BLOCK) {
+      cut = nth_of_few(key, columns, k, value);
+      return true;
+    }
     // a row that is mostly zeros already is common, and its threshold is 0 then
     int64_t equal, zeros = count(key, columns, 1, equal);
     if (k <= zeros) {
       guess.scaled = 0;
-      return settled(0, k, zeros);
+      cut = settled(0, k, zeros);
+      return true;
     }
     cut = nth(key, columns, k, 0, FINITE, false, one, two, value);
   }
@@ -139,5 +160,5 @@ inline Cut select(const int32_t* key, int64_t columns, int64_t k, float sum, Gue
   }
   float scaled = mean > 0 && mean < 1e38f ? threshold / mean : 0;
   guess.scaled += (scaled - guess.scaled) * (found ? 0.25f : 1.0f);
-  return cut;
+  return true;
 }

@@ -33,6 +33,7 @@ from hftcore.bindings.checkpoints.prune import prune_folder
 from hftcore.bindings.checkpoints.verify import verify_folder
 from hftcore.bindings.cli.app import app
 from hftcore.edit_writer import EditWriter, Slot
+from hftcore.kernels.reference import FINITE
 from hftcore.layers import find_layers
 from hftcore.ops.fingerprints import fingerprint_sum, fingerprint_text
 from hftcore.resumable import resumable_folder
@@ -326,6 +327,17 @@ def test_a_threshold_is_exact_however_the_sample_misleads(tmp_path, monkeypatch,
     energy = energy_of(model)
     found = prune_folder(tmp_path / "model", energy, f"{share} model", tmp_path / "out", edit_only=True)
     edit = hftcore.prune(model, energy, f"{share} model")
+    assert all(torch.equal(found.tensors[name].mask, entry.mask) for name, entry in edit.tensors.items())
+
+
+@pytest.mark.parametrize("window", [(0, FINITE), (0, 1), (FINITE - 1, FINITE)])
+def test_a_window_that_holds_all_or_nothing_costs_a_reading_and_no_bit(tmp_path, monkeypatch, window):
+    monkeypatch.setattr(threshold, "KEYS", 300)
+    monkeypatch.setattr(threshold, "_propose", lambda *_: (window, 1))
+    model = tiny_model("llama")
+    save_in(model, tmp_path / "model", 2, 0)
+    found = prune_folder(tmp_path / "model", energy_of(model), "0.4 model", tmp_path / "out", edit_only=True)
+    edit = hftcore.prune(model, energy_of(model), "0.4 model")
     assert all(torch.equal(found.tensors[name].mask, entry.mask) for name, entry in edit.tensors.items())
 
 

@@ -511,6 +511,23 @@ def test_first_columns_that_mislead_about_a_row_change_nothing(simd, dtype):
         assert_same_bits(weight, before)
 
 
+@pytest.mark.parametrize("layout", ["plain", "transposed"])
+def test_many_short_rows_are_pruned_in_one_pass_or_left_alone(monkeypatch, simd, dtype, layout):
+    monkeypatch.setattr(native, "MANY_ROWS", 500)
+    for N in (32, 100, 2100):
+        weight, other = strided(normal(700, N).to(dtype), layout), normal(700, N, 3).to(dtype)
+        for reference_weight in (None, other):
+            for invert in (False, True):
+                wanted = reference.row_mask(weight, norms(N), reference_weight, N // 3, invert)
+                pruned = strided(weight, layout)
+                assert native.prune_rows(pruned, norms(N), reference_weight, N // 3, invert, None) == 0
+                assert_same_bits(pruned, removed(weight, wanted, reference_weight))
+        weight[[3, 698], N - 1] = torch.inf
+        before = weight.clone()
+        assert native.prune_rows(weight, norms(N) + 1, None, N // 3, False, None) == 2
+        assert_same_bits(weight, before)
+
+
 def test_very_wide_and_empty_matrices(simd):
     N = 70001
     weight, norm = normal(2, N), norms(N)

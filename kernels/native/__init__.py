@@ -17,6 +17,7 @@ from torch import Tensor
 from hftcore.kernels.eager import empty_mask
 
 SIMDS = ("portable", "avx2", "avx512")  # the index is the number the library knows the path by
+MANY_ROWS = 1 << 18  # with a cut kept for each, rows in place would take more than 4 MB
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 OPS = (
     "column_energy",
@@ -193,6 +194,7 @@ def prune_rows(
     refused = ctypes.c_int64(0)
     job.values = ctypes.addressof(refused)
     if weight.numel():
+        job.b = mask is None and weight.shape[0] > MANY_ROWS and not nonfinite(weight, norm, reference)
         _call("prune_rows", job)
         if mask is None:
             _changed(weight)

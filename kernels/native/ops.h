@@ -30,10 +30,10 @@ struct Ops {
 
   struct Selection {
     const Job& job;
-    Cut* cuts;  // one a row, or null where a mask is wanted
+    Cut* cuts;  // one a row for remove_rows, or null where each row is dealt with at once
   };
 
-  // Finds each row's cut: marks the mask's row, or keeps the cut for remove_rows. Counts the rows with a score that is not finite.
+  // Finds each row's cut and keeps it, or marks the mask's row, or removes. Counts the rows with a score that is not finite.
   static void select_rows(const void* context, char* memory, Chunks& chunks) {
     const Selection& selection = *static_cast<const Selection*>(context);
     const Job& job = selection.job;
@@ -46,21 +46,25 @@ struct Ops {
     int64_t refused = 0, begin, end;
     while (chunks.next(begin, end)) {
       for (int64_t row = begin; row < end;) {
-        for (int64_t last = band.load(row, end); row < last; ++row) {
-          const T *w = band.weight.at(row), *r = band.reference.at(row);
+        int64_t first = row, last = band.load(row, end);
+        for (; row < last; ++row) {
+          T *w = band.weight.at(row), *r = band.reference.at(row);
           Cut cut{0, 0};
-          bool finite = select(w, r, job.norm, columns, job.a, guess, key, one, two, cut);
+          bool finite = select<T>(w, r, job.norm, columns, job.a, guess, key, one, two, cut);
           refused += !finite;
           if (selection.cuts) {
             selection.cuts[row] = cut;
+          } else if (!job.mask) {
+            remove<T>(w, r, job.norm, columns, cut, job.invert, key, reinterpret_cast<uint8_t*>(one));
           } else if (!finite) {
             std::memset(job.mask + row * bytes, 0, size_t(bytes));
           } else if (columns <= SPAN) {
             mark(key, columns, cut, job.invert, job.mask + row * bytes);
           } else {
-            mark_scores(w, r, job.norm, columns, cut, job.invert, key, job.mask + row * bytes);
+            mark_scores<T>(w, r, job.norm, columns, cut, job.invert, key, job.mask + row * bytes);
           }
         }
+        if (!job.mask && !selection.cuts) band.weight.save(first, last);
       }
     }
     __atomic_fetch_add(static_cast<int64_t*>(job.values), refused, __ATOMIC_RELAXED);
@@ -83,11 +87,11 @@ struct Ops {
     }
   }
 
-  // In place in two passes, the second only when every score is finite. It reads the weights again, but selecting alone leaves
-  // the memory idle and removing alone leaves the processor idle: together they cost no more than one pass that does both.
+  // In place in two passes, the second only when every score is finite. It reads the weights again, but together they cost no
+  // more than one pass that does both. b = 1 says that every score is finite: one pass then, and no memory for cuts.
   static bool prune_rows(const Job& job, int64_t unit) {
     Selection selection{job, nullptr};
-    if (job.mask)
+    if (job.mask || job.b)
       return parallel(job.rows, job.columns, unit, job.threads, select_scratch(job), select_rows, &selection);
     selection.cuts = static_cast<Cut*>(std::malloc(size_t(job.rows) * sizeof(Cut)));
     bool done = selection.cuts &&

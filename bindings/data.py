@@ -168,13 +168,12 @@ def make_batches(
         else:
             skipped.append(index)
     if skipped:
-        what = "response token" if response_labels else "token"
-        reason = (
-            f"{len(skipped)} of {len(used)} samples (the first is number {skipped[0] + 1}) have no {what} "
-            f"within max_length={max_length}"
-        )
+        what, remedy = f"response token within max_length={max_length}", "raise max_length, or count all tokens"
+        if not response_labels:
+            what, remedy = "token", "give texts that are not empty"
+        reason = f"{len(skipped)} of {len(used)} samples (the first is number {skipped[0] + 1}) have no {what}"
         if not encoded:
-            raise HftcoreError(f"{reason}; raise max_length, or count all tokens")
+            raise HftcoreError(f"{reason}; {remedy}")
         log.warning("skipped: %s", reason)
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     return [_pad(encoded[start : start + batch_size], pad) for start in range(0, len(encoded), batch_size)]

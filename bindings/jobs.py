@@ -92,7 +92,8 @@ def open_to_prune(job: Job, targets: Targets | None) -> Loaded:
     `targets` None stands for what `hftcore.antidote` chooses. With a reference, adapters are merged into their base models,
     unless it is their factors that are compared (targets "lora")."""
     _check(job)
-    is_tuned, is_reference = is_adapter(job.model), job.reference is not None and is_adapter(job.reference)
+    is_tuned = is_adapter(job.model)
+    is_reference = job.reference is not None and is_adapter(job.reference, "--reference")
     merges = job.reference is not None and targets != "lora" and (is_tuned or is_reference)
     if is_tuned:
         _check_adapter(job, targets, merges, is_reference)

@@ -113,9 +113,9 @@ def refuse_base_weights(names: Iterable[str]) -> None:
         )
 
 
-def is_adapter(path: str | Path) -> bool:
-    """Whether MODEL, a folder or hub id, is a PEFT adapter."""
-    return (find_folder(path) / ADAPTER).is_file()
+def is_adapter(path: str | Path, name: str = "MODEL") -> bool:
+    """Whether a folder or hub id, which errors call `name`, is that of a PEFT adapter."""
+    return (find_folder(path, name) / ADAPTER).is_file()
 
 
 def find_base(adapter: str | Path, base: str | None = None) -> Path:

@@ -95,6 +95,11 @@ def prune(
     else:
         layers = find_layers(model, "all-linear" if targets is None else targets, exclude)
     others = None if reference is None else reference_weights(reference, layers)
+    if others is not None and all(_is_unchanged(layer, others) for layer in layers):
+        warnings.warn(
+            "reference equals the model in every layer to prune, so nothing changes: pass the model before fine-tuning",
+            stacklevel=2,
+        )
     if minus is not None:
         check_energy(minus[0], layers, "minus")
     edit = Edit(recipe=_recipe(pattern, score, seed, reference, minus, sequential, tokens))
@@ -275,6 +280,11 @@ class _Job:
     def _part(self, layer: Layer, index: int, energy: Energy, score: Score) -> Part:
         weight, measured, reference = self._scored(layer, index, energy, score)
         return Part(weight, checks.norm(measured, weight), reference)
+
+
+def _is_unchanged(layer: Layer, others: Mapping[str, Tensor]) -> bool:
+    weight = getattr(layer.module, layer.parameter).data
+    return torch.equal(weight, others[layer.tensor].to(weight.device))
 
 
 def _count(layer: Layer) -> int:

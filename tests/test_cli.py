@@ -230,6 +230,12 @@ def test_a_reference_merges_adapters_and_restores_merged_weights(world, tmp_path
     assert all(torch.equal(back[name], weight) for name, weight in before.items())
 
 
+def test_a_reference_that_is_not_there_is_named_by_its_option(world, tmp_path):
+    for model in ("model", "adapter"):
+        options = ["--data", world / "data.jsonl", "--reference", tmp_path / "none", "--out", tmp_path / "out"]
+        assert "--reference must be a checkpoint folder" in failed("antidote", world / model, *options)
+
+
 def test_a_full_model_and_an_adapter_can_be_each_others_reference(world, tmp_path):
     options = ["--data", world / "data.jsonl", "--json"]
     for index, (model, reference) in enumerate((("adapter", "model"), ("tuned", "adapter"))):

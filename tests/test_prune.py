@@ -192,6 +192,15 @@ def test_a_reference_of_another_shape_is_refused_before_anything_changes():
     assert same(state(model), before)
 
 
+def test_a_reference_equal_to_the_model_is_told_and_changes_nothing():
+    model, same_model = Net(), Net()
+    same_model.load_state_dict(model.state_dict())
+    before = state(model)
+    with pytest.warns(UserWarning, match="reference equals the model in every layer"):
+        hftcore.prune(model, measured(model), Pattern("50%"), reference=same_model)
+    assert same(state(model), before)
+
+
 def test_antidote_warns_on_full_weights_and_not_on_the_reference_form():
     with pytest.warns(UserWarning, match="one weight a row"):
         hftcore.antidote(Net(), measured(Net()), 0.1)

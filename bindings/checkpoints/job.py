@@ -32,7 +32,7 @@ def streams(job: Job) -> bool:
     """
     measured = job.energy is not None if job.score == "wanda" else job.score == "magnitude" and job.energy is None
     asks = job.data is not None or job.device is not None or job.dtype != "auto" or job.base is not None
-    adapters = is_adapter(job.model) or (job.reference is not None and is_adapter(job.reference))
+    adapters = is_adapter(job.model) or (job.reference is not None and is_adapter(job.reference, "--reference"))
     return measured and not asks and not adapters
 
 
@@ -71,9 +71,9 @@ def offloads(job: Job, prunes: bool, sequential: bool = False) -> bool:
     if job.offload:
         if obstacle is not None:
             raise HftcoreError(f"--offload {obstacle}")
-        for folder in (job.model, job.reference):
+        for name, folder in (("MODEL", job.model), ("--reference", job.reference)):
             if folder is not None:
-                list_tensors(find_folder(folder))
+                list_tensors(find_folder(folder, name))
         return True
     return obstacle is None and not _fits(job)
 
@@ -109,7 +109,7 @@ def _obstacle(job: Job, prunes: bool, sequential: bool) -> str | None:
     if job.base is not None:
         return "measures whole models, --base is for adapters: leave one out"
     for name, folder in (("MODEL", job.model), ("--reference", job.reference)):
-        if folder is not None and is_adapter(folder):
+        if folder is not None and is_adapter(folder, name):
             return (
                 f"reads whole models, and {name} {folder} is an adapter: merge it into its base model first "
                 "(merge_and_unload, then save_pretrained), or leave --offload out"

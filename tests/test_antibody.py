@@ -431,6 +431,14 @@ def test_reading_likelihoods_leaves_the_model_as_it_was():
     assert [m.training for m in model.modules()] == before[1]
 
 
+def test_autocast_around_the_check_hides_neither_the_head_nor_the_shared_prompt():
+    model = tiny_model("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        likelihoods = Likelihoods(model)
+    assert likelihoods.obstacle is None
+    assert likelihoods.head is not None
+
+
 def test_a_model_aligned_in_bf16_before_still_shares_its_prompts(tmp_path):
     """accelerate leaves autocast around the forward of a model that it trained, which rounds as no change of logits would."""
     model, rows = tiny_model("llama"), samples(4, seed=6)
@@ -442,10 +450,14 @@ def test_a_model_aligned_in_bf16_before_still_shares_its_prompts(tmp_path):
         harmful_dataset=rows,
         refusals=REFUSAL_IDS,
     ).train()
+    autocast = vars(model)["forward"]
+    likelihoods = Likelihoods(model)
+    assert vars(model)["forward"] is autocast
+    assert likelihoods.obstacle is None
+    assert likelihoods.head is not None
     args = config(tmp_path, AntibodyConfig, **options)
     trainer = AntibodyTrainer(model, args, train_dataset=rows, refusals=REFUSAL_IDS)
     assert trainer.likelihoods.obstacle is None
-    assert trainer.likelihoods.head is not None
     assert math.isfinite(trainer.train().training_loss)
 
 

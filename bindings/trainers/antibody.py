@@ -136,8 +136,6 @@ class AntibodyTrainer(DefenceTrainer):
         collator = RefusalCollator(data_collator or Collator(pad), pad)
         super().__init__(model, args, collator, train_dataset=train_dataset, **kwargs)
         self._refuse_single(train_dataset)
-        # a trainer before this one with bf16=True left its autocast around the model's forward; this one brings its own when it trains
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         is_watched = self.args.attenuation == "norm"
         self.likelihoods = Likelihoods(self.model, through_head=is_watched and self._trains_head())
         if self.likelihoods.obstacle is None:

@@ -54,7 +54,7 @@ class Likelihoods:
         self._plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._names = set(inspect.signature(self._plain.forward).parameters)
         self.head = None if through_head else self._usable_head()
-        with _evaluated(model):
+        with _evaluated(model, self._device.type):
             samples, refusals = _probe(model)
             if self.head is not None:
                 self.head = self._checked_head(samples)
@@ -202,14 +202,21 @@ def _probe(model: Any) -> tuple[list[Answered], list[Tensor]]:
 
 
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its own mode back."""
+def _evaluated(model: nn.Module, device: str) -> Iterator[None]:
+    """Evaluation mode without gradients and without autocast, whose rounding would look as if answers saw each other."""
     modes: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
+    attributes = model.__dict__
+    # accelerate leaves autocast around the forward of a model that it trained
+    wrapped = attributes.get("forward") if "_original_forward" in attributes else None
     model.eval()
+    if wrapped is not None:
+        attributes["forward"] = attributes["_original_forward"]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             yield
     finally:
+        if wrapped is not None:
+            attributes["forward"] = wrapped
         for module, mode in modes:
             module.training = mode
 

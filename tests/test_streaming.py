@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tied_models import energy_of, save_in, with_ties
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -43,42 +44,6 @@ PATTERNS = [
     *("0.3 matrix", "0.7 matrix highest", "0 matrix", "0.3 model", "0.01 model highest", "1 model"),
     *("0.5 row lowest 2x4", "0.5 row highest 4x2"),
 ]
-
-
-def with_ties(model, seed):
-    """Few different weights, so that many scores are equal and position decides."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randint(-3, 4, parameter.shape, generator=draw) / 4)
-    return model
-
-
-def energy_of(model, seed=0):
-    """Energies with zeros and equal values, and an expert that no token reached."""
-    draw = torch.Generator().manual_seed(seed)
-    values = {}
-    for layer in find_layers(model):
-        shape = (*layer.weight.shape[:-2], layer.weight.shape[-1])
-        values[layer.name] = torch.randint(0, 4, shape, generator=draw).float()
-        if len(shape) == 2:
-            values[layer.name][1] = 0
-    return Energy(values, tokens=1, samples=1)
-
-
-def save_in(model, folder, files, seed):
-    """The checkpoint in so many files, tensors dealt out at random."""
-    model.save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    if files > 1:
-        (folder / "model.safetensors").unlink()
-        places = torch.randint(files, (len(tensors),), generator=torch.Generator().manual_seed(seed)).tolist()
-        places[:files] = range(files)
-        where = {name: f"part-{place}.safetensors" for name, place in zip(tensors, places, strict=True)}
-        for file in set(where.values()):
-            save_file({name: tensors[name] for name in tensors if where[name] == file}, folder / file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    return folder
 
 
 def contents(folder):

@@ -402,6 +402,23 @@ def test_column_energy_is_close_to_float64(simd, dtype):
                 torch.testing.assert_close(got, wanted, rtol=4e-6, atol=0)
 
 
+def test_column_energy_adds_token_after_token_in_groups_of_64(simd, dtype):
+    for tokens, columns, layout in ((1, 5, "plain"), (200, 70, "plain"), (1300, 1030, "plain"), (150, 40, "transposed")):
+        x = strided(normal(tokens, columns).to(dtype), layout)
+        keep = torch.arange(tokens) % 5 != 2
+        total = torch.zeros(columns, dtype=torch.float64)
+        for slab in range(0, tokens, 1024):
+            kept = x[slab : slab + 1024][keep[slab : slab + 1024]].float()
+            part = torch.zeros(columns, dtype=torch.float64)
+            for start in range(0, len(kept), 64):
+                group = torch.zeros(columns)
+                for row in kept[start : start + 64]:
+                    group += row * row
+                part += group
+            total += part
+        assert_same_bits(native.column_energy(x, keep), total.float())
+
+
 def test_column_energy_skips_tokens_that_are_not_kept(simd, dtype):
     x = torch.full((70, 3), torch.nan, dtype=dtype)
     x[::7] = 2

@@ -13,7 +13,7 @@ INLINE __m256 load(const BFloat16* p) {
 
 INLINE __m256 load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
-// of the products in grams.h: that many sums lie in the 16 registers
+// sums of floats; of the products in grams.h so many lie in the 16 registers
 constexpr int64_t LANES = 8, SUM_ROWS = 3, SUM_COLUMNS = 4;
 using Floats = __m256;
 
@@ -22,6 +22,8 @@ INLINE Floats load_some(const float* p, int64_t n) {
   return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(n)), place));
 }
 INLINE Floats spread(float x) { return _mm256_set1_ps(x); }
+INLINE void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
+INLINE Floats add_square(Floats sum, Floats x) { return _mm256_add_ps(sum, _mm256_mul_ps(x, x)); }
 INLINE Floats multiply_add(Floats x, Floats y, Floats sum) { return _mm256_fmadd_ps(x, y, sum); }
 INLINE float add_up(Floats x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

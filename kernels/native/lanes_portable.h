@@ -12,7 +12,7 @@ INLINE float widen(Float16 x) {
   return from_bits(bits | uint32_t(x.bits & 0x8000) << 16);
 }
 
-// of the products in grams.h
+// sums of floats, and how many of them the products in grams.h take
 constexpr int64_t LANES = 4, SUM_ROWS = 2, SUM_COLUMNS = 4;
 
 struct Floats {
@@ -25,7 +25,19 @@ INLINE Floats load_some(const float* p, int64_t n) {
   return x;
 }
 
-INLINE Floats load(const float* p) { return load_some(p, LANES); }
+template <class T>
+INLINE Floats load(const T* p) {
+  Floats x;
+  for (int64_t j = 0; j < LANES; ++j) x.lane[j] = widen(p[j]);
+  return x;
+}
+
+INLINE void store(float* p, Floats x) { std::memcpy(p, x.lane, sizeof x.lane); }
+
+INLINE Floats add_square(Floats sum, Floats x) {
+  for (int64_t j = 0; j < LANES; ++j) sum.lane[j] += x.lane[j] * x.lane[j];
+  return sum;
+}
 
 INLINE Floats spread(float x) { return {{x, x, x, x}}; }
 

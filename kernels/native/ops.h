@@ -416,8 +416,22 @@ struct Ops {
 
   static constexpr int64_t STRIP = 1024;  // columns whose sums stay in the first-level cache
   static constexpr int64_t GROUP = 64;    // tokens summed in float32
+  static constexpr int64_t TOKENS = 8;    // of these, added in one walk over the sums
 
-  static int64_t energy_scratch(const Job&) { return STRIP * (4 + 8 + 4 * int64_t{sizeof(T)}); }
+  static int64_t energy_scratch(const Job&) { return STRIP * (4 + 8 + TOKENS * int64_t{sizeof(T)}); }
+
+  // Token after token: the bits are those of one at a time.
+  template <int64_t N>
+  static INLINE void add_squares(const T* const* x, int64_t n, float* sum) {
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) {
+      Floats total = load(sum + j);
+      for (int64_t i = 0; i < N; ++i) total = add_square(total, load(x[i] + j));
+      store(sum + j, total);
+    }
+    for (; j < n; ++j)
+      for (int64_t i = 0; i < N; ++i) sum[j] += widen(x[i][j]) * widen(x[i][j]);
+  }
 
   // a = tokens of a slab, b = strips; items are (slab, strip); values = float64 [slabs, columns]
   static void column_energy(const void* context, char* memory, Chunks& chunks) {
@@ -435,17 +449,24 @@ struct Ops {
         std::memset(total, 0, STRIP * 8);
         while (token < stop) {
           std::memset(partial, 0, STRIP * 4);
-          for (int64_t counted = 0; counted < GROUP && token < stop; ++token) {
-            if (job.mask && !job.mask[token]) continue;
-            ++counted;
-            const T* row = x + token * job.weight_row + strip * job.weight_column;
-            if (job.weight_column != 1) {
-              for (int64_t j = 0; j < n; ++j) gathered[j] = row[j * job.weight_column];
-              row = gathered;
+          for (int64_t counted = 0; counted < GROUP && token < stop;) {
+            const T* some[TOKENS];
+            int64_t have = 0;
+            for (; have < TOKENS && counted + have < GROUP && token < stop; ++token) {
+              if (job.mask && !job.mask[token]) continue;
+              const T* row = x + token * job.weight_row + strip * job.weight_column;
+              if (job.weight_column != 1) {
+                T* copy = gathered + have * STRIP;
+                for (int64_t j = 0; j < n; ++j) copy[j] = row[j * job.weight_column];
+                row = copy;
+              }
+              some[have++] = row;
             }
-            for (int64_t j = 0; j < n; ++j) {
-              float value = widen(row[j]);
-              partial[j] += value * value;
+            counted += have;
+            if (have == TOKENS) {
+              add_squares<TOKENS>(some, n, partial);
+            } else {
+              for (int64_t i = 0; i < have; ++i) add_squares<1>(some + i, n, partial);
             }
           }
           for (int64_t j = 0; j < n; ++j) total[j] += partial[j];

@@ -403,7 +403,12 @@ def test_column_energy_is_close_to_float64(simd, dtype):
 
 
 def test_column_energy_adds_token_after_token_in_groups_of_64(simd, dtype):
-    for tokens, columns, layout in ((1, 5, "plain"), (200, 70, "plain"), (1300, 1030, "plain"), (150, 40, "transposed")):
+    for tokens, columns, layout in (
+        (1, 5, "plain"),
+        (200, 70, "plain"),
+        (1300, 1030, "plain"),
+        (150, 40, "transposed"),
+    ):
         x = strided(normal(tokens, columns).to(dtype), layout)
         keep = torch.arange(tokens) % 5 != 2
         total = torch.zeros(columns, dtype=torch.float64)
@@ -506,7 +511,9 @@ def test_values_chosen_to_defeat_the_samples_are_still_selected_exactly(simd):
 def test_first_columns_that_mislead_about_a_row_change_nothing(simd, dtype):
     M, N, head = 8, 5000, 2048  # the columns from which a row's threshold is guessed
     alike = normal(M, N)
-    cases = {name: alike.clone() for name in ("alike", "zero", "small", "by turns", "huge", "huge behind", "flat behind")}
+    cases = {
+        name: alike.clone() for name in ("alike", "zero", "small", "by turns", "huge", "huge behind", "flat behind")
+    }
     cases["zero"][:, :head] = 0
     cases["small"][:, :head] *= 1e-3
     cases["by turns"][1::2, :head] *= 20

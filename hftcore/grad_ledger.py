@@ -1,6 +1,6 @@
 """Squared per-sample gradient norms of parameters, from the pairs (inputs, output gradients) of every call of their modules."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -112,15 +112,16 @@ class Ledger:
 
     def _linear(self, rule: Rule, key: str, x: Tensor, g: Tensor, wants_gradient: bool) -> Tensor | None:
         gram = self._gram_of(x)
-        if wants_gradient and _is_direct_with_gradient(x, g, gram is not None):
+        kernels = host_kernels(x, g)
+        if wants_gradient and _is_direct_with_gradient(kernels, x, g, gram is not None):
             left, right = (g, x) if isinstance(rule, LinearRule) and rule.transposed else (x, g)
             self._squares[key], gradient = gradients.direct_with_gradient(left, right)
             return gradient
-        if gram is None and self._is_worth_a_gram(x, g):
-            gram = host_kernels(x).lower_gram(x)
+        if gram is None and _is_worth_a_gram(kernels, x, g):
+            gram = kernels.lower_gram(x)
             # the input is held with its Gram matrix, so that no other tensor can come to lie where it was
             self._gram = x, x._version, gram
-        self._squares[key] = grad_norms_sq(x, g) if gram is None else host_kernels(x, g, gram).grad_norms_sq(x, g, gram)
+        self._squares[key] = grad_norms_sq(x, g) if gram is None else kernels.grad_norms_sq(x, g, gram)
         return rule.gradient(x, g) if wants_gradient else None
 
     def _gram_of(self, x: Tensor) -> Tensor | None:
@@ -130,13 +131,6 @@ class Ledger:
         kept, version, gram = self._gram
         is_same = kept.data_ptr() == x.data_ptr() and (kept.shape, kept.stride()) == (x.shape, x.stride())
         return gram if is_same and version == x._version else None
-
-    def _is_worth_a_gram(self, x: Tensor, g: Tensor) -> bool:
-        B, T, N = x.shape
-        # on a GPU the kernel keeps the Gram matrix on chip, and making it anew costs less than storing it
-        if x.device.type != "cpu" or T > N or B * T * T > GRAM:
-            return False
-        return cast(bool, host_kernels(x, g).is_ghost(T, g.shape[2], N))
 
     def _combine(self, key: str) -> None:
         """The norm over several calls: calls follow one another as more tokens of a sample would."""
@@ -166,8 +160,16 @@ def _tied(of_head: Tensor, x: Tensor, at_ids: Tensor, ids: Tensor, of_rows: Tens
     return (of_head + embedding_grad_norms_sq(ids, of_rows) + 2 * cross).clamp(min=0)
 
 
-def _is_direct_with_gradient(x: Tensor, g: Tensor, has_gram: bool) -> bool:
+def _is_worth_a_gram(kernels: Any, x: Tensor, g: Tensor) -> bool:
+    B, T, N = x.shape
+    # on a GPU the kernel keeps the Gram matrix on chip, and making it anew costs less than storing it
+    if x.device.type != "cpu" or T > N or B * T * T > GRAM:
+        return False
+    return cast(bool, kernels.is_ghost(T, g.shape[2], N))
+
+
+def _is_direct_with_gradient(kernels: Any, x: Tensor, g: Tensor, has_gram: bool) -> bool:
     # a processor with bfloat16 units forms a bfloat16 gradient several times as fast as float32 shares of it
     if x.device.type != "cpu" or torch.bfloat16 in (x.dtype, g.dtype):
         return False
-    return cast(bool, host_kernels(x, g).is_direct_with_gradient(x.shape[1], g.shape[2], x.shape[2], has_gram))
+    return cast(bool, kernels.is_direct_with_gradient(x.shape[1], g.shape[2], x.shape[2], has_gram))

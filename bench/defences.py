@@ -1,5 +1,6 @@
 """Training steps of the defences: what each costs beside a plain one of the same batch, in time and in copies of the trained weights."""
 
+import ctypes
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from hftcore.bindings.trainers.pairs import pair_samples
 from hftcore.edit import Edit
 
 SFT_STEP = "one plain SFT step"
+M_TRIM_THRESHOLD = -1  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def defence_job(defence: Defence) -> Callable[[str, torch.dtype, torch.device], 
     """Prepares a step of all weights of a randomly initialised Llama; half of each sample is prompt."""
 
     def prepare(shape: str, dtype: torch.dtype, device: torch.device) -> Job:
+        _hold_memory()
         ours, plain = (_Runner(one, shape, dtype, device) for one in (defence, Defence("", "sft")))
 
         def close() -> None:
@@ -122,6 +125,16 @@ class _Runner:
     def undo(self) -> None:
         while self._edits:
             self._edits.pop().revert(self._trainer.model)
+
+
+def _hold_memory() -> None:
+    """Let malloc keep what is freed, from now on.
+
+    glibc returns the top of the heap to the system, to be taken anew page by page. With two models in a process only one of them works
+    at the top, so a tenth of a step would depend on which; in a process of its own either pays.
+    """
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def _check_loss(loss: torch.Tensor) -> None:

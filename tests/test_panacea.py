@@ -160,7 +160,7 @@ def test_a_harmful_loss_that_is_nan_stops_the_run_with_the_weights_as_they_were(
         return run
 
     made._harmful = broken
-    with pytest.raises(NonFiniteError, match="the harmful gradient is NaN or infinite in"):
+    with pytest.raises(NonFiniteError, match="the gradient to move along is NaN or infinite in"):
         made.train()
     assert equal(weights(model), before)
 

@@ -178,6 +178,34 @@ def test_what_runs_inside_runs_at_the_moved_point_and_leaves_its_gradient():
     assert theta["w"].grad.tolist() == [3.0]
 
 
+def test_the_change_lies_in_the_first_gradients_memory_so_two_gradients_never_exist_side_by_side():
+    theta = {"w": nn.Parameter(torch.tensor([2.0, 1.0]))}
+    places = []
+
+    def run():
+        loss = theta["w"].square().sum()
+        loss.backward()
+        places.append(theta["w"].grad.data_ptr())
+        return loss.detach()
+
+    change = gradient_change(theta, run, rho=-0.5)
+    assert places == [change.tensors["w"].data_ptr()] * 2
+
+
+def test_a_parameter_that_only_the_moved_pass_uses_counts_with_its_whole_gradient():
+    theta = {name: nn.Parameter(torch.tensor([2.0])) for name in "ab"}
+    passes = []
+
+    def run():
+        passes.append(None)
+        loss = theta["a"].square().sum() + (3 * theta["b"].sum() if len(passes) == 2 else 0)
+        loss.backward()
+        return loss.detach()
+
+    change = gradient_change(theta, run, rho=-0.5)
+    assert {name: tensor.tolist() for name, tensor in change.tensors.items()} == {"a": [1.0], "b": [-3.0]}
+
+
 def test_gradients_left_from_before_are_refused():
     theta = {"w": nn.Parameter(torch.ones(1))}
     theta["w"].grad = torch.ones(1)

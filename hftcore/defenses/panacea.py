@@ -97,9 +97,6 @@ def step_length(
     """How far to go along a direction to have gone `rho` in `space`.
 
     Raises:
-        NonFiniteError: the direction holds NaN or infinity.
+        NonFiniteError: the direction holds NaN or infinity; in the space "trained" it is not looked at.
     """
-    if space == "merged":
-        return merged_length(parameters, factors, direction, rho)
-    finite_norm(direction, "the harmful gradient")
-    return rho
+    return merged_length(parameters, factors, direction, rho) if space == "merged" else rho

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hftcore.defenses.pairs import IGNORED, RULES
 from hftcore.defenses.settings import check_choice, check_number
@@ -54,8 +55,9 @@ def noise_discrepancy(features: Tensor, noise: Tensor) -> Tensor:
     0.0
     """
     union = widened(torch.cat([features, noise]))
-    # by differences: distances from inner products cancel where the vectors are near
-    distances = torch.stack([(union - one).square().sum(dim=1) for one in union])
+    # by differences: distances from inner products cancel where the vectors are near; made anew in the backward pass, which for every
+    # layer would otherwise hold 2 B times the features
+    distances = torch.stack([checkpoint(_distances, union, one, use_reentrant=False) for one in union])
     count = len(union)
     bandwidth = distances.detach().sum() / (count * (count - 1)) / 4
     if float(bandwidth) == 0:
@@ -63,6 +65,10 @@ def noise_discrepancy(features: Tensor, noise: Tensor) -> Tensor:
     kernel = torch.stack([torch.exp(-distances / (bandwidth * 2**power)) for power in range(KERNELS)]).sum(dim=0)
     half = len(features)
     return (kernel[:half, :half] + kernel[half:, half:] - kernel[:half, half:] - kernel[half:, :half]).mean()
+
+
+def _distances(union: Tensor, one: Tensor) -> Tensor:
+    return (union - one).square().sum(dim=1)
 
 
 def layer_losses(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hftcore.bindings.data import load_samples
-from hftcore.bindings.models_io import is_adapter, load_model, save_model
+from hftcore.bindings.models_io import is_adapter, load_model, merged, save_model
 from hftcore.bindings.output import check_output
 from hftcore.bindings.trainers import METHODS, Method
 from hftcore.errors import HftcoreError
@@ -40,10 +40,20 @@ def read_recipe(name: str, path: Path) -> Recipe:
     Raises:
         HftcoreError: an unknown method or key, a missing data file, or a file that is not YAML.
     """
-    import yaml
-
     if name not in METHODS:
         raise HftcoreError(f"METHOD must be one of {', '.join(METHODS)}, got {name!r}")
+    given = read_yaml(path)
+    return make_recipe(name, given, path)
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """The `key: value` lines of --config.
+
+    Raises:
+        HftcoreError: no such file, or one that holds no such lines.
+    """
+    import yaml
+
     if not path.is_file():
         raise HftcoreError(f"--config must be an existing YAML file, got {path}")
     try:
@@ -52,7 +62,7 @@ def read_recipe(name: str, path: Path) -> Recipe:
         raise HftcoreError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(given, Mapping):
         raise HftcoreError(f"--config {path} must hold `key: value` lines, got {type(given).__name__}")
-    return make_recipe(name, given, path)
+    return given
 
 
 def make_recipe(name: str, given: Mapping[str, Any], source: Path) -> Recipe:
@@ -101,16 +111,38 @@ def run_training(
         HftcoreError: what the recipe, the data or the trainer refuses, before the first step.
     """
     recipe = read_recipe(name, config)
-    check_output(out, [model], "--out")
     if recipe.lora is not None and is_adapter(model):
         raise HftcoreError(
             f"{config}: lora makes a new adapter, and {model} is one, which is trained on; leave lora out"
         )
+    return train(recipe, name, model, out, resume, device, dtype)
+
+
+def train(
+    recipe: Recipe,
+    name: str,
+    model: str,
+    out: Path,
+    resume: bool = False,
+    device: str | None = None,
+    dtype: str = "auto",
+    merges: bool = False,
+) -> dict[str, Any]:
+    """As `run_training`, by a recipe that was read; `merges`: the adapter is merged into the model, and that is written."""
+    from transformers import set_seed
+
+    check_output(out, [model], "--out")
     loaded, tokenizer = load_model(model, device, dtype)
+    # a new adapter begins with random factors
+    set_seed(recipe.settings.get("seed", 42))
     with _checkpoints(recipe, out, resume) as folder:
         trainer = make_trainer(recipe, _trainable(loaded, recipe.lora), tokenizer, folder)
         result = trainer.train(resume_from_checkpoint=resume or None)
-    save_model(trainer.model.eval(), tokenizer, out, (model,), getattr(trainer, "edit", None))
+    trained, edit = trainer.model.eval(), getattr(trainer, "edit", None)
+    if merges and hasattr(trained, "peft_config"):
+        # an edit of the factors says nothing about merged weights
+        trained, edit = merged(trained), None
+    save_model(trained, tokenizer, out, (model,), edit)
     return {
         "method": name,
         "out": str(out),
@@ -120,6 +152,28 @@ def run_training(
     }
 
 
+def checkpoints_of(out: Path) -> Path:
+    """Where the checkpoints of a training that writes to `out` lie."""
+    return out.with_name(f"{out.name}.checkpoints")
+
+
+def make_arguments(recipe: Recipe, folder: Path, is_cpu: bool) -> Any:
+    """The trainer's arguments, of the recipe's settings.
+
+    Raises:
+        HftcoreError: a setting that is out of range, or does not fit the others.
+    """
+    _, config_class = recipe.method.load()
+    defaults = {"save_strategy": "no", "logging_steps": 10}
+    own = {"output_dir": str(folder), "report_to": "none", "disable_tqdm": not sys.stderr.isatty(), "use_cpu": is_cpu}
+    try:
+        return config_class(**(defaults | recipe.settings | own))
+    except HftcoreError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise HftcoreError(f"the training settings do not fit together: {' '.join(str(error).split())}") from error
+
+
 def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, folder: Path) -> Any:
     """The trainer of a recipe; checkpoints go to `folder`."""
     from transformers.trainer_callback import PrinterCallback
@@ -127,16 +181,8 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, folder: Path) -> An
     from hftcore.bindings.trainers.data import tokenize
     from hftcore.bindings.trainers.pairs import pair_samples
 
-    trainer_class, config_class = recipe.method.load()
-    is_cpu = next(model.parameters()).device.type == "cpu"
-    defaults = {"save_strategy": "no", "logging_steps": 10}
-    own = {"output_dir": str(folder), "report_to": "none", "disable_tqdm": not sys.stderr.isatty(), "use_cpu": is_cpu}
-    try:
-        args = config_class(**(defaults | recipe.settings | own))
-    except HftcoreError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise HftcoreError(f"the training settings do not fit together: {' '.join(str(error).split())}") from error
+    trainer_class, _ = recipe.method.load()
+    args = make_arguments(recipe, folder, next(model.parameters()).device.type == "cpu")
     data: dict[str, Any] = {
         dataset: tokenize(load_samples(str(path)), tokenizer, recipe.max_length)
         for dataset, path in recipe.data.items()
@@ -175,7 +221,7 @@ def _checkpoints(recipe: Recipe, out: Path, resume: bool) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
         return
-    folder = out.with_name(f"{out.name}.checkpoints")
+    folder = checkpoints_of(out)
     is_there = any(folder.glob("checkpoint-*"))
     if resume != is_there:
         wanted = "has no checkpoint to resume from" if resume else "holds checkpoints of an earlier run"

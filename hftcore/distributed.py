@@ -64,34 +64,35 @@ def sharded_mask(shard: Shard, pattern: Pattern | str, group: Any = None) -> Ten
     pattern = Pattern.of(pattern)
     if pattern.scope == "model":
         raise HftcoreError('scope "model" compares the weights of all matrices: call sharded_masks with all shards')
-    _check(shard, pattern, group)
-    if pattern.scope == "matrix":
-        return _group_masks([shard], pattern, group)[0]
-    _refuse_nonfinite([shard], group)
-    if shard.cut != "columns" or pattern.group is not None:
-        return ops.prune_mask(shard.weight, shard.energy, pattern, shard.reference)
-    return _mask_of_cut_rows(shard, pattern, group)
+    return sharded_masks([shard], pattern, group)[0]
 
 
 def sharded_masks(shards: Sequence[Shard], pattern: Pattern | str, group: Any = None) -> list[Tensor]:
-    """This process's parts of the masks that one threshold for the whole model gives.
+    """This process's parts of the masks of several matrices, in fewer rounds than one call of `sharded_mask` for each.
 
     Args:
         shards: what this process holds of each matrix, sorted by tensor name, the same matrices on every process; where a process
             holds nothing of one, an empty shard stands for it.
-        pattern: of scope "model".
+        pattern: as for `sharded_mask`, or of scope "model", which compares the weights of all matrices.
         group: of torch.distributed; None: all processes. Every one of them makes the same call.
 
     Returns and raises: as `sharded_mask`, for each shard.
     """
     pattern = Pattern.of(pattern)
-    if pattern.scope != "model":
-        raise HftcoreError(
-            f'sharded_masks needs scope "model", got {pattern.scope!r}; call sharded_mask for each matrix'
-        )
-    for shard in shards:
-        _check(shard, pattern, group)
-    return _group_masks(shards, pattern, group)
+    _check(shards, pattern, group)
+    if not shards:
+        return []
+    if pattern.scope == "model":
+        return _group_masks(shards, pattern, group)
+    if pattern.scope == "matrix":
+        return [_group_masks([shard], pattern, group)[0] for shard in shards]
+    _refuse_nonfinite(shards, group)
+    return [
+        ops.prune_mask(shard.weight, shard.energy, pattern, shard.reference)
+        if shard.cut != "columns" or pattern.group is not None
+        else _mask_of_cut_rows(shard, pattern, group)
+        for shard in shards
+    ]
 
 
 def _group_masks(shards: Sequence[Shard], pattern: Pattern, group: Any) -> list[Tensor]:
@@ -103,33 +104,44 @@ def _group_masks(shards: Sequence[Shard], pattern: Pattern, group: Any) -> list[
     total = add(torch.tensor([sum(rows * columns for rows, columns in sizes)]), "sum")
     count, invert = pattern.low_count(int(total))
     found = find_threshold([shard.part for shard in counted], sizes, count, add)
-    need, masks = found.need, []
-    for shard in shards:
-        part = shard.part()
+    if found.need in (0, found.ties):
+        columns = [shard.weight.shape[1] if found.need else 0 for shard in shards]
+        quotas = [
+            torch.full((len(shard.weight),), each, dtype=torch.int64)
+            for shard, each in zip(shards, columns, strict=True)
+        ]
+    else:
+        ties = [shard.part().call("tie_counts", found.key).cpu() for shard in shards]
+        quotas = _shared_out(ties, [shard.cut for shard in shards], found.need, group)
+    masks = []
+    for shard, quota in zip(shards, quotas, strict=True):
         rows, columns = shard.weight.shape
-        if found.need in (0, found.ties):
-            quota = torch.full((rows,), columns if found.need else 0, dtype=torch.int64)
-        else:
-            quota, used = _share(part.call("tie_counts", found.key).cpu(), need, shard.cut, group)
-            need = max(0, need - used)
         mask = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=shard.weight.device)
-        part.call("cut", found.key, quota.to(mask.device), invert, mask)
+        shard.part().call("cut", found.key, quota.to(mask.device), invert, mask)
         masks.append(mask)
     return masks
 
 
-def _share(ties: Tensor, need: int, cut: Cutting, group: Any) -> tuple[Tensor, int]:
-    """(how many of the first `need` ties of a matrix lie in each row of this process, how many ties there are)."""
+def _shared_out(ties: Sequence[Tensor], cuts: Sequence[Cutting], need: int, group: Any) -> list[Tensor]:
+    """Of the ties of each matrix, counted by the rows of this process, how many are among the first `need` of all: [rows] each.
+
+    What has to be known of the others, their ties row by row where they hold the same rows, else their sum, travels in one round.
+    """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    if cut == "whole":
-        return first_ties(ties, need), int(ties.sum())
-    if cut == "columns":
-        # row-major order goes through the ranks once in every row
-        everyone = gather(ties, group)
-        of_all = first_ties(everyone.t().flatten(), need).view(len(ties), ranks)
-        return of_all[:, rank], int(everyone.sum())
-    totals = gather(ties.sum().view(1), group).flatten()
-    return first_ties(ties, max(0, need - int(totals[:rank].sum()))), int(totals.sum())
+    told = [own if cut == "columns" else own.sum().view(1) for own, cut in zip(ties, cuts, strict=True)]
+    everyone = gather(torch.cat(told), group).split([len(part) for part in told], dim=1)
+    quotas = []
+    for own, cut, said in zip(ties, cuts, everyone, strict=True):
+        if cut == "columns":
+            # row-major order goes through the ranks once in every row
+            quotas.append(first_ties(said.t().flatten(), need).view(len(own), ranks)[:, rank])
+            total = int(said.sum())
+        else:
+            # every process holds all of what is whole
+            ahead, total = (0, int(said[rank])) if cut == "whole" else (int(said[:rank].sum()), int(said.sum()))
+            quotas.append(first_ties(own, max(0, need - ahead)))
+        need = max(0, need - total)
+    return quotas
 
 
 def _mask_of_cut_rows(shard: Shard, pattern: Pattern, group: Any) -> Tensor:
@@ -159,26 +171,43 @@ def _mask_of_cut_rows(shard: Shard, pattern: Pattern, group: Any) -> Tensor:
     return mask
 
 
-def _check(shard: Shard, pattern: Pattern, group: Any) -> None:
+def _check(shards: Sequence[Shard], pattern: Pattern, group: Any) -> None:
     """Refuse on every process what does not fit on one."""
     with together(group):
-        if shard.cut not in ("rows", "columns", "whole"):
-            raise HftcoreError(f"cut must be 'rows', 'columns' or 'whole', got {shard.cut!r}")
-        if hasattr(shard.weight, "to_local"):
-            raise HftcoreError("weight is a DTensor; hftcore.dtensors.shard_of gives what this process holds of it")
-        checks.weight(shard.weight, shard.reference)
-        checks.norm(shard.energy, shard.weight)
         if pattern.block is not None:
             raise HftcoreError("block is not there for sharded weights; leave it out, or gather the matrix")
-    rows, columns = shard.weight.shape
-    name, shared = ("rows", rows) if shard.cut == "columns" else ("columns", columns)
-    least, most = (int(reduce(group, torch.tensor([shared]), which)) for which in ("min", "max"))
+        for shard in shards:
+            if shard.cut not in ("rows", "columns", "whole"):
+                raise HftcoreError(f"cut must be 'rows', 'columns' or 'whole', got {shard.cut!r}")
+            if hasattr(shard.weight, "to_local"):
+                raise HftcoreError("weight is a DTensor; hftcore.dtensors.shard_of gives what this process holds of it")
+            checks.weight(shard.weight, shard.reference)
+            checks.norm(shard.energy, shard.weight)
+    least, most = _extremes(torch.tensor([len(shards)]), group)
     if least != most:
-        raise HftcoreError(f"shards cut by {shard.cut} must have the same number of {name}, got {least} to {most}")
+        raise HftcoreError(
+            f"every process must give a shard of each matrix, got {least.item()} to {most.item()} shards"
+        )
+    if not shards:
+        return
+    sizes = torch.tensor([shard.weight.shape[shard.cut != "columns"] for shard in shards], dtype=torch.int64)
+    for shard, least, most in zip(shards, *_extremes(sizes, group), strict=True):
+        if least != most:
+            name = "rows" if shard.cut == "columns" else "columns"
+            raise HftcoreError(
+                f"shards cut by {shard.cut} must have the same number of {name}, got {least.item()} to {most.item()}"
+            )
     if pattern.group is not None:
         m = pattern.group[1]
-        if int(reduce(group, torch.tensor([columns % m]), "max")):
+        left = torch.tensor([shard.weight.shape[1] % m for shard in shards], dtype=torch.int64)
+        if bool(reduce(group, left, "max").any()):
             raise HftcoreError(f"sparsity {pattern.sparsity!r} needs columns in groups of {m} on every process")
+
+
+def _extremes(numbers: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """The least and the most over all processes, element by element."""
+    most = reduce(group, torch.cat([numbers, -numbers]), "max")
+    return -most[len(numbers) :], most[: len(numbers)]
 
 
 def _refuse_nonfinite(shards: Sequence[Shard], group: Any) -> None:

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Cut
 
 from hftcore import ops
-from hftcore.distributed import Cutting, Shard, sharded_mask, sharded_masks
+from hftcore.distributed import Cutting, Shard, sharded_masks
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
 from hftcore.layers import Targets
@@ -92,14 +92,21 @@ def prune_sharded(
         cut = [group for group in groups if group is not None]
         if any(group != cut[0] for group in cut):
             raise HftcoreError('scope "model" needs weights that are cut over one group; use "matrix" or "row"')
-        masks = sharded_masks([shard for shard, _ in held], pattern, cut[0] if cut else None)
-    else:
-        masks = [sharded_mask(shard, pattern, group) for shard, group in held]
-    for group in set(groups):
+        groups = [cut[0] if cut else None] * len(held)
+    masks: dict[str, Tensor] = {}
+    for over in dict.fromkeys(groups):
+        mine = [
+            (layer.tensor, shard)
+            for layer, (shard, _), group in zip(layers, held, groups, strict=True)
+            if group == over
+        ]
+        found = sharded_masks([shard for _, shard in mine], pattern, over)
+        masks |= {name: mask for (name, _), mask in zip(mine, found, strict=True)}
+    for group in dict.fromkeys(groups):
         reduce(group, torch.zeros(1, dtype=torch.int64), "sum")
-    for (shard, _), mask in zip(held, masks, strict=True):
-        ops.masked_put_(shard.weight, mask, None)
-    return {layer.tensor: mask for layer, mask in zip(layers, masks, strict=True)}
+    for layer, (shard, _) in zip(layers, held, strict=True):
+        ops.masked_put_(shard.weight, masks[layer.tensor], None)
+    return {layer.tensor: masks[layer.tensor] for layer in layers}
 
 
 def _cut_dimension(weight: Tensor) -> int | None:

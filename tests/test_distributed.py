@@ -107,8 +107,8 @@ def check_refusals(rank, group):
     ]:
         with pytest.raises(HftcoreError, match=message):
             sharded_mask(*arguments, group)
-    with pytest.raises(HftcoreError, match='needs scope "model"'):
-        sharded_masks([], "50%", group)
+    with pytest.raises(HftcoreError, match="a shard of each matrix, got 1 to 2 shards"):
+        sharded_masks([Shard(torch.ones(4, 8), torch.ones(8), "rows")] * (1 + (rank == 2)), "50%", group)
 
 
 def network():

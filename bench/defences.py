@@ -3,15 +3,16 @@
 import ctypes
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from hftcore.bench.job import Job, shape_of
+from hftcore.bench.job import Job, UnavailableError, shape_of
 from hftcore.bench.models import model_of
 from hftcore.bindings.trainers import METHODS
 from hftcore.bindings.trainers.pairs import pair_samples
+from hftcore.bindings.training import PAPERS_LORA
 from hftcore.edit import Edit
 
 SFT_STEP = "one plain SFT step"
@@ -26,6 +27,7 @@ class Defence:
         method: a name out of `METHODS`.
         options: of its configuration where they are not the defaults.
         ending: whether what comes once, after the last step, is measured instead of a step.
+        lora: whether LoRA factors are trained, the papers' rank and targets, in place of all weights; of the plain step too.
         most: times a plain step, at most; None where nothing is promised.
     """
 
@@ -33,10 +35,11 @@ class Defence:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     ending: bool = False
+    lora: bool = False
     most: float | None = None
 
 
-DEFENCES = {
+_FULL = {
     "panacea": Defence("Panacea", "panacea", most=3.1),
     "panacea lam=0": Defence("Panacea with lam=0", "panacea", {"lam": 0.0}, most=1.05),
     # 2 % of a hundred steps
@@ -47,18 +50,24 @@ DEFENCES = {
     "lisa": Defence("Lisa in the middle of a turn", "lisa", most=1.05),
     "ldifs": Defence("LDIFS", "ldifs", most=1.4),
     "repnoise": Defence("RepNoise", "repnoise"),
+    "repnoise, no lens": Defence("RepNoise without the losses read off hidden states", "repnoise", {"lens": False}),
     "antibody-align": Defence("Antibody's alignment", "antibody-align", most=4.2),
     "antibody": Defence("Antibody's fine-tuning, refusals of a tenth of the sequence", "antibody", most=1.15),
     "antibody, attenuated": Defence("Antibody's fine-tuning, attenuated by norm", "antibody", {"attenuation": "norm"}),
 }
+DEFENCES = _FULL | {
+    f"LoRA {name}": replace(defence, about=f"{defence.about}, LoRA factors", lora=True)
+    for name, defence in _FULL.items()
+    if not defence.options and not defence.ending
+}
 
 
 def defence_job(defence: Defence) -> Callable[[str, torch.dtype, torch.device], Job]:
-    """Prepares a step of all weights of a randomly initialised Llama; half of each sample is prompt."""
+    """Prepares a step of a randomly initialised Llama; half of each sample is prompt."""
 
     def prepare(shape: str, dtype: torch.dtype, device: torch.device) -> Job:
         _hold_memory()
-        ours, plain = (_Runner(one, shape, dtype, device) for one in (defence, Defence("", "sft")))
+        ours, plain = (_Runner(one, shape, dtype, device) for one in (defence, Defence("", "sft", lora=defence.lora)))
 
         def close() -> None:
             for runner in (ours, plain):
@@ -85,7 +94,9 @@ class _Runner:
 
     def __init__(self, defence: Defence, shape: str, dtype: torch.dtype, device: torch.device) -> None:
         samples, length = shape_of(shape, dtype)
-        model = model_of(shape, dtype, device)
+        model: Any = model_of(shape, dtype, device)
+        if defence.lora:
+            model = _with_lora(model)
         self.folder = tempfile.TemporaryDirectory()
         kind, config = METHODS[defence.method].load()
         train: Any = _rows(model, samples, length, 1)
@@ -106,7 +117,7 @@ class _Runner:
         rows = [self._trainer.train_dataset[index] for index in range(samples)]
         self._batches = [self._trainer._prepare_inputs(self._trainer.data_collator(rows))]
         self._edits: list[Edit] = []
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        self._optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
         # past every warm-up: Lisa's first turn, and memory that is taken once
         self._trainer.state.max_steps, self._trainer.state.global_step = 1000, 100
         self.step()
@@ -125,6 +136,15 @@ class _Runner:
     def undo(self) -> None:
         while self._edits:
             self._edits.pop().revert(self._trainer.model)
+
+
+def _with_lora(model: Any) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UnavailableError('PEFT is not installed; run: pip install "hftcore[peft]"') from None
+    settings: dict[str, Any] = dict(PAPERS_LORA)
+    return get_peft_model(model, LoraConfig(**settings))
 
 
 def _hold_memory() -> None:

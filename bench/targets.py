@@ -143,7 +143,7 @@ TARGETS: tuple[Target, ...] = (
     *(
         Target(f"step {name}", "small-llama T128", "float32", "more_mb", TWO_COPIES_MB, SFT_STEP)
         for name, defence in DEFENCES.items()
-        if not defence.ending
+        if not (defence.ending or defence.lora)
     ),
     *(
         Target(f"streaming prune, {scope} scope", "llama-1b", "bfloat16", "ratio", most, COPY, threads=None)

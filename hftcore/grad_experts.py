@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hftcore.errors import HftcoreError
 from hftcore.grad_rules import LinearRule
 from hftcore.layers import Layer, adapters
+from hftcore.shards import is_sharded
 
 
 @dataclass(eq=False)
@@ -74,6 +75,11 @@ def find_experts(model: nn.Module, names: dict[nn.Parameter, str]) -> list[Exper
                     raise HftcoreError(
                         f"per-sample gradients of parameter {parameters.get('weight')!r} are not known: its layout in a "
                         f"{type(module).__name__} is not; freeze it (requires_grad_(False))"
+                    )
+                if any(is_sharded(module._parameters[parts[part]]) for part in parameters):
+                    raise HftcoreError(
+                        f"per-sample gradients of parameter {next(iter(parameters.values()))!r} are not known under FSDP2: processes use "
+                        "experts of their own; freeze it (requires_grad_(False))"
                     )
                 layer = Layer(f"{name}.{own}", f"{name}.{own}", module, own, transposed)
                 rules.append(ExpertsRule(name, module, parameters, layer=layer))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hftcore.errors import HftcoreError
 from hftcore.grad_experts import find_experts
-from hftcore.grad_rules import Conv1DRule, EmbeddingRule, LinearRule, NormRule, RouterRule, Rule, with_weight
+from hftcore.grad_rules import Conv1DRule, EmbeddingRule, LinearRule, NormRule, RouterRule, Rule, with_parameters
 
 
 def find_rules(model: nn.Module) -> list[Rule]:
@@ -86,27 +86,28 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _norm_rule(name: str, module: nn.Module) -> NormRule | None:
-    """The rule whose result is the module's own on random input and with a random weight, or None."""
+    """The rule whose result is the module's own on random input and with random parameters, or None."""
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1:
         return None
     eps = next((getattr(module, key) for key in ("eps", "variance_epsilon", "epsilon") if hasattr(module, key)), None)
     generator = torch.Generator().manual_seed(0)
-    draw = torch.randn(7, len(weight), generator=generator).to(weight.device, weight.dtype)
-    x, probe = draw[:6].unflatten(0, (2, 3)), draw[6]
-    bias = getattr(module, "bias", None)
+    draw = torch.randn(8, len(weight), generator=generator).to(weight.device, weight.dtype)
+    x, probe, bias = draw[:6].unflatten(0, (2, 3)), draw[6], draw[7]
+    has_bias = module._parameters.get("bias") is not None
+    probes = {"weight": probe, "bias": bias} if has_bias else {"weight": probe}
     try:
         inspect.signature(type(module).forward).bind(module, x)
     except TypeError:
         return None
     with torch.no_grad():
-        want = with_weight(module, probe, x)
+        want = with_parameters(module, probes, x)
         for mean in (False, True):
             rule = NormRule(name, module, matrix=None)
             rule.mean = mean
             rule.eps = torch.finfo(x.dtype).eps if eps is None else float(eps)
             for factor in (probe, 1 + probe):
-                have = rule.normalised(x) * factor + (0 if bias is None else bias)
+                have = rule.normalised(x) * factor + (bias if has_bias else 0)
                 if isinstance(want, Tensor) and _agree(want, have, weight.dtype):
                     return rule
     return None

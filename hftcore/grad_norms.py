@@ -29,16 +29,21 @@ def capture_grad_norms(
     called more than once, tied embeddings and LoRA factors are right; the frozen weights under LoRA do not count. Every hook is gone at
     the end, also after an exception.
 
+    Under DistributedDataParallel and FSDP2 (`fully_shard`) each process gets the norms of its own samples, whole ones, for FSDP2 gathers
+    the weights a module needs. `param.grad` is the mean over processes, as ever.
+
     Args:
         loss: of which loss of a sample the gradient is: "mean" over its own supervised tokens; their "sum"; or its "share" of the
             batch's loss, whatever that loss is. "mean" and "sum" need the model to be called with `labels` (or `shift_labels`).
-        norms_only: `param.grad` stays as it is, and no gradient of a matrix is computed.
+        norms_only: `param.grad` stays as it is, and no gradient of a matrix is computed. DistributedDataParallel would wait for
+            gradients: give and call the module that it wraps.
         keep: keep inputs and output gradients until the `GradNorms` is dropped, which `norms.backward(weights)` needs.
         loss_scale: what the loss was multiplied by before its backward pass (a GradScaler's scale, or 1 / accumulation steps).
 
     Raises:
         HftcoreError: a trained parameter of a kind whose per-sample gradients are not known (by name); a second forward pass in the
-            block; no backward pass in it; labels missing; a module that does not see one row for each sample.
+            block; no backward pass in it; labels missing; a module that does not see one row for each sample; weights that are
+            DTensors while their module runs (tensor parallelism), or sharded fused experts.
         NonFiniteError: a norm is NaN or infinite (parameter and sample by name).
 
     Source: Goodfellow 2015 (arXiv:1510.01799); Li et al. 2022 (arXiv:2110.05679); Bu et al. 2023 (arXiv:2210.00038) for sums weighted
@@ -51,6 +56,11 @@ def capture_grad_norms(
     tensor([5., 1.])
     """
     checks.model(model)
+    if norms_only and isinstance(model, nn.parallel.DistributedDataParallel):
+        raise HftcoreError(
+            "norms_only leaves no gradients for DistributedDataParallel to exchange; give capture_grad_norms the module that it wraps, "
+            "model.module, and call that"
+        )
     norms = GradNorms(model, SampleLoss(loss, loss_scale), Ledger(norms_only, keep))
     watch = Watch(model, norms._loss, norms._ledger)
     with watch.hooked():
@@ -93,7 +103,8 @@ class GradNorms:
         """Add the weighted sum of the samples' gradients, Σ_b weights[b] g_b, to `param.grad`, without another backward pass.
 
         g_b is the gradient whose norm is `per_sample[b]`. Use with `norms_only=True`, or zero the gradients first: what the ordinary
-        backward pass left in `param.grad` stays there.
+        backward pass left in `param.grad` stays there. Nothing is exchanged between processes, but for FSDP2's sharded parameters: they
+        get the mean over processes of these sums, each the part that it holds, so every process must make the call.
 
         Args:
             weights: [B], any real dtype, finite.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hftcore.errors import HftcoreError
 from hftcore.kernels.products import accumulator, widened
+from hftcore.shards import is_sharded, mean_part
 
 
 @dataclass(eq=False)
@@ -49,8 +50,10 @@ class Rule:
         return self.parameters[own]
 
     def add_gradient(self, own: str, value: Tensor) -> None:
-        """Add to `param.grad`."""
+        """Add to `param.grad`; of a sharded parameter the mean over the processes, as its ordinary backward pass leaves."""
         parameter = self.parameter(own)
+        if is_sharded(parameter):
+            value = mean_part(value, parameter)
         value = value.to(parameter.dtype)
         parameter.grad = value if parameter.grad is None else parameter.grad.add_(value)
 
@@ -87,8 +90,9 @@ class EmbeddingRule(Rule):
         rows = torch.arange(weight.shape[0], dtype=torch.float64, device=weight.device)
         # a table whose rows are (own number, 1) tells which rows the module takes and by what it multiplies them
         with torch.no_grad():
-            probe = with_weight(self.module, torch.stack((rows, torch.ones_like(rows)), dim=1), *args, **kwargs)
-            factor = with_weight(self.module, torch.ones_like(weight[:, :1]), *args, **kwargs)
+            table = torch.stack((rows, torch.ones_like(rows)), dim=1)
+            probe = with_parameters(self.module, {"weight": table}, *args, **kwargs)
+            factor = with_parameters(self.module, {"weight": torch.ones_like(weight[:, :1])}, *args, **kwargs)
         return (probe[..., 0] / probe[..., 1]).round().long(), factor
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
@@ -125,11 +129,11 @@ class NormRule(Rule):
         return square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
 
 
-def with_weight(module: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """What `module` computes with another weight; its hooks do not run."""
-    kept = module._parameters["weight"]
-    module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+def with_parameters(module: nn.Module, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """What `module` computes with other values of its own parameters; its hooks do not run."""
+    kept = {name: module._parameters[name] for name in values}
+    module._parameters.update({name: nn.Parameter(value, requires_grad=False) for name, value in values.items()})
     try:
         return type(module).forward(module, *args, **kwargs)
     finally:
-        module._parameters["weight"] = kept
+        module._parameters.update(kept)

@@ -1,7 +1,7 @@
 """Hooks that show a ledger the input and the output gradient of every call of a model's trained modules."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from hftcore.grad_ledger import Ledger
 from hftcore.grad_loss import SampleLoss
 from hftcore.grad_rules import EmbeddingRule, RouterRule, Rule
 from hftcore.layers import Layer, adapters, body
+from hftcore.shards import is_sharded
 
 
 @dataclass(eq=False)
@@ -55,21 +56,36 @@ class Watch:
                 if parameter.requires_grad:
                     stack.callback(parameter.register_hook(partial(self._touch, name)).remove)
             for rule in self.rules:
-                hidden = self._hidden(rule)
-                stack.callback(_set_requires_grad, hidden, True)
-                hide = lambda module, args, hidden=hidden: _set_requires_grad(hidden, False)  # noqa: E731
+                stack.callback(self._show, rule)
+                hide = lambda module, args, rule=rule: self._hide(rule)  # noqa: E731
                 stack.callback(rule.module.register_forward_pre_hook(hide).remove)
                 if isinstance(rule, RouterRule):
-                    stack.enter_context(self._inside(rule, hidden))
-                see = partial(self._see, rule, hidden)
-                stack.callback(rule.module.register_forward_hook(see, with_kwargs=True, always_call=True).remove)
+                    stack.enter_context(self._inside(rule))
+                see = partial(self._see, rule)
+                # before FSDP2's own hook takes the gathered weights away
+                stack.callback(
+                    rule.module.register_forward_hook(see, prepend=True, with_kwargs=True, always_call=True).remove
+                )
             experts = {rule.layer: rule for rule in self.rules if isinstance(rule, ExpertsRule)}
             for adapter in adapters(self.model) if experts else ():
                 stack.enter_context(adapter.capture_experts(list(experts), partial(self._see_expert, experts)))
             yield
 
+    def _hide(self, rule: Rule) -> None:
+        """The module itself must compute no gradient of these parameters: the ones it has now, for FSDP2 swaps them."""
+        for parameter in self._hidden(rule):
+            if is_sharded(parameter):
+                raise HftcoreError(
+                    f"the weights of module {rule.name!r} are DTensors while it runs, as tensor parallelism leaves them, and per-sample "
+                    "gradients are known of whole ones; use fully_shard (FSDP2) or DistributedDataParallel"
+                )
+            parameter.requires_grad_(False)
+
+    def _show(self, rule: Rule) -> None:
+        for parameter in self._hidden(rule):
+            parameter.requires_grad_(True)
+
     def _hidden(self, rule: Rule) -> list[nn.Parameter]:
-        """The parameters that the module itself must compute no gradient of."""
         # a lookup's gradient is one pass over the rows for autograd, which does it well
         own = () if isinstance(rule, EmbeddingRule) and not self.ledger.norms_only else rule.parameters
         return [rule.parameter(name) for name in own]
@@ -103,8 +119,8 @@ class Watch:
             )
         return True
 
-    def _see(self, rule: Rule, hidden: Sequence[Tensor], module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        _set_requires_grad(hidden, True)
+    def _see(self, rule: Rule, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        self._show(rule)
         if isinstance(rule, ExpertsRule):
             self._pools.pop(rule.layer, None)
             return None
@@ -119,16 +135,16 @@ class Watch:
         return self._tap(Call(rule), x, factor, output)
 
     @contextmanager
-    def _inside(self, rule: RouterRule, hidden: Sequence[Tensor]) -> Iterator[None]:
+    def _inside(self, rule: RouterRule) -> Iterator[None]:
         """See the one linear map in a module that does more."""
         inner: list[_LinearMode] = []
 
         def tap(x: Tensor, output: Tensor) -> Tensor:
             if not self._is_counted(rule):
                 return output
-            _set_requires_grad(hidden, True)
+            self._show(rule)
             seen = self._tap(Call(rule), x, 1.0, output)
-            _set_requires_grad(hidden, False)
+            self._hide(rule)
             return seen
 
         def begin(module: nn.Module, args: Any) -> None:
@@ -166,12 +182,11 @@ class Watch:
                 f"experts {rule.name!r} saw token {int(tokens.max())} of a batch of B T = {rows}, so rows cannot be told apart by "
                 "sample; freeze their parameters"
             )
-        hidden = self._hidden(rule)
-        _set_requires_grad(hidden, True)
+        self._show(rule)
         pool = self._pools.setdefault(layer, Pool())
         pool.open += 1
         seen = self._tap(Call(rule, tokens, pool), x, 1.0, output)
-        _set_requires_grad(hidden, False)
+        self._hide(rule)
         return seen
 
     def _tap(self, call: Call, x: Tensor, factor: float | Tensor, output: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -256,11 +271,6 @@ class _Tap(torch.autograd.Function):
         with torch.autocast(g.device.type, enabled=False), torch.no_grad():
             own = watch.take(ctx.call, x.detach(), g if isinstance(ctx.factor, float) else g * ctx.factor)
         return None, None, None, None, g, *own
-
-
-def _set_requires_grad(parameters: Sequence[Tensor], value: bool) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(value)
 
 
 def _is_backward() -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hftcore.errors import HftcoreError, NonFiniteError
+from hftcore.shards import Cut, add_parts, cut_of, held
 
 Parameters = Mapping[str, nn.Parameter]
 Pass = Callable[[], Tensor]
@@ -69,13 +70,14 @@ class Gradients:
         """The inner product with `other`, summed in float64; a gradient that one of the two lacks counts as zero."""
         total = 0.0
         with torch.no_grad():
-            for device, pairs in self._paired(other).items():
+            for (device, cut), pairs in self._paired(other).items():
                 sums = torch.zeros((), dtype=torch.float64, device=device)
                 for a, b in pairs:
-                    for x, y in zip(a.reshape(-1).split(CHUNK), b.reshape(-1).split(CHUNK), strict=True):
+                    ours, theirs = held(a).reshape(-1), held(b).reshape(-1)
+                    for x, y in zip(ours.split(CHUNK), theirs.split(CHUNK), strict=True):
                         wide = x.double()
                         sums += torch.dot(wide, wide if a is b else y.double())
-                total += float(sums)
+                total += float(add_parts(sums, cut))
         return total
 
     def add_(self, other: "Gradients", factor: float = 1.0) -> "Gradients":
@@ -114,14 +116,14 @@ class Gradients:
 
     def culprit(self) -> str:
         """The name of the first gradient that holds NaN or infinity."""
-        wrong = (name for name, tensor in self.tensors.items() if not bool(tensor.isfinite().all()))
+        wrong = (name for name, tensor in self.tensors.items() if not bool(held(tensor).isfinite().all()))
         return next(wrong, "all parameters together")
 
-    def _paired(self, other: "Gradients") -> dict[torch.device, list[tuple[Tensor, Tensor]]]:
-        pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    def _paired(self, other: "Gradients") -> dict[tuple[torch.device, Cut | None], list[tuple[Tensor, Tensor]]]:
+        pairs: dict[tuple[torch.device, Cut | None], list[tuple[Tensor, Tensor]]] = {}
         for name, tensor in self.tensors.items():
             if name in other.tensors:
-                pairs.setdefault(tensor.device, []).append((tensor, other.tensors[name]))
+                pairs.setdefault((tensor.device, cut_of(tensor)), []).append((tensor, other.tensors[name]))
         return pairs
 
 

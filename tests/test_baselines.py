@@ -115,6 +115,30 @@ def test_boosters_trainer_is_antibodys_with_those_settings_bit_for_bit(tmp_path)
     assert equal(weights(ours), weights(theirs))
 
 
+@pytest.mark.parametrize("method", ["booster", "antibody-align", "immunize"])
+def test_a_harmful_gradient_of_zero_leaves_that_of_the_other_data(tmp_path, method):
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    options = {"lambda_refusal": 0.0} if method == "antibody-align" else {}
+    made = trainer(method, model, tmp_path, **options)
+    batches = collated(pairs(4) if method == "immunize" else samples(4, seed=3))
+    harmless = made.split(batches, "shifted")[0] if method == "immunize" else batches
+    original, sides = made.own_loss, []
+
+    def flat(model, batch, number):
+        is_harmless = any(torch.equal(batch["input_ids"], one["input_ids"]) for one in harmless)
+        sides.append(is_harmless)
+        return original(model, batch, number) * (1.0 if is_harmless else 0.0)
+
+    made.own_loss = flat
+    made.update(batches)
+    assert set(sides) == {True, False}
+    reference = trainer("sft", plain, tmp_path)
+    reference.over(harmless, reference.own_loss)() if method != "immunize" else trainer(
+        "immunize", plain, tmp_path, alpha=0.0
+    ).update(batches)
+    assert_gradient(model, {name: p.grad for name, p in plain.named_parameters()}, rtol=0, atol=0)
+
+
 def hooked(modules, keep, add=None):
     """Hooks that append the modules' outputs to `keep` and add `add[index]` to them; returns the handles."""
     handles = []

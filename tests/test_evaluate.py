@@ -414,6 +414,15 @@ def test_a_model_judge_flags_by_any_of_independent_labels(tmp_path):
     assert judge.harmful([], []) == []
 
 
+@pytest.mark.parametrize("template", [None, "{reply} then {prompt}"])
+def test_a_model_judge_takes_empty_and_foreign_replies(tmp_path, template):
+    _, folder = classifier(tmp_path, ["safe", "rude"])
+    replies = ["", "   ", "\u0416\u0418\u0412\u041e", "\U0001f600 w3", "w4", ""]
+    judge = ModelJudge(folder, ["rude"], template=template, batch_size=4)
+    alone = [judge.harmful([prompt], [reply])[0] for prompt, reply in zip(PROMPTS, replies, strict=True)]
+    assert judge.harmful(PROMPTS, replies) == alone
+
+
 def test_a_model_judge_that_cannot_be_understood_is_refused(tmp_path):
     _, folder = classifier(tmp_path, ["safe", "rude"])
     with pytest.raises(HftcoreError, match="which of the judge's labels mean harm: safe, rude"):

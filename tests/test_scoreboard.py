@@ -64,6 +64,35 @@ def test_a_miniature_runs_writes_its_page_and_is_not_run_again(base, tmp_path, m
     assert len(json.loads((tmp_path / "out" / "scoreboard.json").read_text())["cells"]) == 4
 
 
+def test_a_board_killed_in_the_middle_keeps_what_was_trained_and_measured(base, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    cells = [Cell(row, 0.2, 1, 0) for row in ("SFT", "Lisa", "Antidote 0.1")]
+    plain, trained = Scoreboard._train, []
+
+    def killed(self, method, *args):
+        if method == "lisa" and len(trained) == 2:
+            trained.append("killed")
+            raise KeyboardInterrupt
+        trained.append(method)
+        return plain(self, method, *args)
+
+    monkeypatch.setattr(Scoreboard, "_train", killed)
+    board = Scoreboard(base, data(), SUITE, SETTING, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        for cell in cells:
+            board.run(cell)
+    done = json.loads((tmp_path / "out" / "scoreboard.json").read_text())["cells"]
+    assert len(done) == 2, "the parts of SFT's cell"
+    again = Scoreboard(base, data(), SUITE, SETTING, tmp_path / "out")
+    for cell in cells:
+        again.run(cell)
+    assert trained == ["sft", "sft", "killed", "lisa"]
+    after = json.loads((tmp_path / "out" / "scoreboard.json").read_text())["cells"]
+    assert len(after) == 6
+    assert done.items() <= after.items()
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
 def test_only_what_is_found_is_written_and_nothing_is_run(base, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     pytest.importorskip("matplotlib")

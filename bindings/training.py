@@ -46,8 +46,8 @@ def read_recipe(name: str, path: Path) -> Recipe:
     return make_recipe(name, given, path)
 
 
-def read_yaml(path: Path) -> Mapping[str, Any]:
-    """The `key: value` lines of --config.
+def read_yaml(path: Path, option: str = "--config") -> Mapping[str, Any]:
+    """The `key: value` lines of a file that an option names.
 
     Raises:
         HftcoreError: no such file, or one that holds no such lines.
@@ -55,13 +55,13 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     import yaml
 
     if not path.is_file():
-        raise HftcoreError(f"--config must be an existing YAML file, got {path}")
+        raise HftcoreError(f"{option} must be an existing YAML file, got {path}")
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise HftcoreError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise HftcoreError(f"{option} {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(given, Mapping):
-        raise HftcoreError(f"--config {path} must hold `key: value` lines, got {type(given).__name__}")
+        raise HftcoreError(f"{option} {path} must hold `key: value` lines, got {type(given).__name__}")
     return given
 
 

@@ -8,10 +8,20 @@ import pytest
 import torch
 from test_evaluate import word_tokenizer
 from tiny_models import tiny_model
+from typer.testing import CliRunner
 
+from hftcore.bindings.cli.app import app
 from hftcore.bindings.datasets import LabelledReply, Pair
 from hftcore.bindings.evaluation import evaluate, immunization, immunization_report
-from hftcore.bindings.evaluation.immunization import Attack, Grid, Material, Report, first_above, run_immunization
+from hftcore.bindings.evaluation.immunization import (
+    Attack,
+    Grid,
+    Material,
+    Report,
+    first_above,
+    read_grid,
+    run_immunization,
+)
 from hftcore.bindings.evaluation.immunization_report import verdicts
 from hftcore.bindings.evaluation.metrics import Mean, Share
 from hftcore.bindings.evaluation.run import Options
@@ -143,3 +153,37 @@ def test_attacks_are_measured_at_their_steps_and_resumed_when_interrupted(world,
 def test_more_samples_than_there_are_is_refused_before_anything_is_loaded(world, tmp_path):
     with pytest.raises(HftcoreError, match="samples must be at most 4 for the attack"):
         run_immunization("a", "b", tmp_path / "x.json", Options(), grid=Grid(samples=(9,)), material=world)
+
+
+def test_a_grid_is_read_from_a_file_and_the_rest_is_the_default(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text("learning_rates: [0.003]\nsamples: [64]\nsteps: 20\nphi: 0\n")
+    assert read_grid(path) == replace(Grid(), learning_rates=(0.003,), samples=(64,), steps=20, phi=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rates: [1]", "knows no 'rates', only learning_rates, samples,"),
+        ("samples: 64", "samples must be a list of numbers, got 64"),
+        ("samples: []", r"samples must be a list of numbers, got \[\]"),
+        ("learning_rates: [0]", "learning_rates must be a number in"),
+        ("learning_rates: [1e-3]", "learning_rates must be a number in"),  # YAML reads a text
+        ("steps: 0", "steps must be a number in"),
+        ("every: 2.5", "every must be whole, got 2.5"),
+        ("- 3", "must hold `key: value` lines"),
+    ],
+)
+def test_a_grid_that_is_none_is_refused_by_name(tmp_path, text, message):
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    with pytest.raises(HftcoreError, match=message):
+        read_grid(path)
+
+
+def test_a_grid_that_is_not_there_and_one_for_another_suite_are_refused(tmp_path):
+    with pytest.raises(HftcoreError, match="--grid must be an existing YAML file"):
+        read_grid(tmp_path / "none.yaml")
+    arguments = ["evaluate", "model", "--out", str(tmp_path / "out.json"), "--grid", str(tmp_path / "grid.yaml")]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, "--suite immunization" in result.stderr) == (2, True)

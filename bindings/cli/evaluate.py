@@ -48,6 +48,10 @@ def evaluate(
         str | None, typer.Option(help="A sequence classifier to judge replies, in place of keywords: folder or hub id.")
     ] = None,
     judge_labels: Annotated[str | None, typer.Option(help="Its labels that mean harm, a,b,...")] = None,
+    grid: Annotated[
+        Path | None,
+        typer.Option(help="YAML for --suite immunization: learning_rates, samples, steps, every, phi, margin."),
+    ] = None,
     base: Base = None,
     device: Device = None,
     dtype: LoadDType = DType.auto,
@@ -72,8 +76,10 @@ def evaluate(
     if suite is SuiteName.immunization:
         if any(option is not None for option in (limit, task, system)):
             raise typer.BadParameter("--limit, --task and --system are not for --suite immunization")
-        _immunization(models, options, out, model_judge, as_json)
+        _immunization(models, options, out, model_judge, grid, as_json)
         return
+    if grid is not None:
+        raise typer.BadParameter("--grid is for --suite immunization")
     asked = load_suite(suite.value)
     if system is not None:
         asked = replace(asked, system=system)
@@ -95,15 +101,17 @@ def evaluate(
     console.print(f"written: {out}")
 
 
-def _immunization(models: list[str], options: Any, out: Path, judge: Any, as_json: bool) -> None:
+def _immunization(
+    models: list[str], options: Any, out: Path, judge: Any, grid_file: Path | None, as_json: bool
+) -> None:
     """Attack one model and the undefended one; the plot lies beside `out`."""
-    from hftcore.bindings.evaluation.immunization import Grid, run_immunization
+    from hftcore.bindings.evaluation.immunization import Grid, read_grid, run_immunization
     from hftcore.bindings.evaluation.immunization_report import draw, table, verdicts
     from hftcore.bindings.evaluation.judge import describe
 
     if len(models) != 1 or options.reference is None:
         raise typer.BadParameter("--suite immunization takes one MODEL, and the undefended one as --reference")
-    grid = Grid()
+    grid = Grid() if grid_file is None else read_grid(grid_file)
     with continued(out):
         report, measured = run_immunization(models[0], options.reference, out, options, grid=grid, judge=judge)
     draw(report, grid, out.with_suffix(".png"))

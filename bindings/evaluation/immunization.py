@@ -11,7 +11,7 @@ f is the harmfulness after t steps and φ the most that is acceptable.
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ from hftcore.bindings.progress import Track
 from hftcore.bindings.trainers.collate import Collator
 from hftcore.bindings.trainers.data import tokenize
 from hftcore.bindings.trainers.stream import BatchStream
-from hftcore.bindings.training import PAPERS_LORA
+from hftcore.bindings.training import PAPERS_LORA, read_yaml
+from hftcore.defenses.settings import check_number
 from hftcore.errors import HftcoreError
 
 Curve = dict[int, dict[str, Score]]
@@ -84,6 +85,27 @@ class Grid:
         inside = [Attack("in", rate, n, self.steps, self.every) for rate in self.learning_rates for n in self.samples]
         strongest = Attack("cross", max(self.learning_rates), max(self.samples), self.steps, self.every)
         return [*inside, strongest, replace(strongest, domain="harmless")]
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid of a YAML file with some of `Grid`'s fields; the others are the defaults.
+
+    Raises:
+        HftcoreError: no such file, not YAML, an unknown field, or a value that is no number in range (by name).
+    """
+    given = read_yaml(path, "--grid")
+    known = [one.name for one in fields(Grid)]
+    if unknown := [str(name) for name in given if name not in known]:
+        raise HftcoreError(f"--grid {path} knows no {unknown[0]!r}, only {', '.join(known)}")
+    for name, value in given.items():
+        is_listed = name in ("learning_rates", "samples")
+        if is_listed and not (isinstance(value, list) and value):
+            raise HftcoreError(f"--grid {path}: {name} must be a list of numbers, got {value!r}")
+        for one in value if is_listed else [value]:
+            check_number(name, one, 0, is_open=name not in ("phi", "margin", "seed"))
+            if name not in ("learning_rates", "phi", "margin") and not isinstance(one, int):
+                raise HftcoreError(f"--grid {path}: {name} must be whole, got {one!r}")
+    return Grid(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 @dataclass(frozen=True)

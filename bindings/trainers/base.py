@@ -219,7 +219,8 @@ class DefenceTrainer(Trainer):
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise HftcoreError(
-                f"{name} moves whole weights and runs under DistributedDataParallel, not FSDP or DeepSpeed"
+                f"{name} runs under DistributedDataParallel, not FSDP or DeepSpeed; on a model that fully_shard (FSDP2) has cut, call "
+                "its rule in hftcore.defenses in a loop of your own"
             )
         if self.args.n_gpu > 1:
             raise HftcoreError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hftcore.defenses.perturbation import Gradients, Parameters, finite_norm
 from hftcore.errors import HftcoreError
+from hftcore.shards import is_sharded
 
 
 class Factors(NamedTuple):
@@ -46,7 +47,7 @@ def merged_length(parameters: Parameters, factors: Sequence[Factors], direction:
         rho: >= 0.
 
     Raises:
-        HftcoreError: a parameter belongs to a LoRA variant whose merged change is another one (by name).
+        HftcoreError: a parameter belongs to a LoRA variant whose merged change is another one (by name), or is sharded.
         NonFiniteError: the direction holds NaN or infinity.
 
     >>> parameters = {"a": nn.Parameter(torch.zeros(1, 1)), "b": nn.Parameter(torch.full((1, 1), 2.0))}
@@ -57,6 +58,8 @@ def merged_length(parameters: Parameters, factors: Sequence[Factors], direction:
     if norm == 0 or rho == 0:
         return 0.0
     moved, seen = direction.tensors, set()
+    if cut := next((name for name, tensor in moved.items() if is_sharded(tensor)), None):
+        raise HftcoreError(f'space "merged" needs whole LoRA factors, got the DTensor {cut!r}; take space "trained"')
     # ‖t P + t² Q‖² = a t² + 2 b t³ + c t⁴
     a = b = c = 0.0
     for pair in factors:

@@ -17,6 +17,7 @@ from hftcore.defenses.settings import check_choice, check_number
 from hftcore.edit import Edit, difference
 from hftcore.errors import HftcoreError
 from hftcore.layers import Targets, find_layers
+from hftcore.shards import is_sharded
 
 DIRECTIONS = ("gradient", "random")
 
@@ -92,6 +93,8 @@ def displace(
         HftcoreError: a parameter of a dtype or shape that an Edit cannot hold (by name).
     """
     for name, parameter in parameters.items():
+        if is_sharded(parameter):
+            raise HftcoreError(f"{name} is a DTensor, and an edit holds whole weights; take a model that is not sharded")
         checks.floating(name, parameter)
         if parameter.dim() > 3:
             raise HftcoreError(f"{name} has {parameter.dim()} dimensions, an edit holds at most 3; leave it out")

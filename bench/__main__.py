@@ -200,6 +200,48 @@ def peers(
 
 
 @app.command()
+def ranks(
+    quick: Quick = False,
+    count: Annotated[
+        list[int] | None, typer.Option(min=1, help="So many processes; repeat for more. [default: 1, 2, 4]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON Lines file; what was found is added to it.")] = None,
+) -> None:
+    """Measure what several processes gain in calibration and what exact selection pays for being shared; some three minutes."""
+    import json
+
+    from hftcore.bench import ranks as several
+
+    found = []
+    with _refusals():
+        for number in count or several.RANKS:
+            found.append(
+                several.measure(number, several.SIZES[:1] if quick else several.SIZES, 1 if quick else 5, number > 1)
+            )
+            _say(f"{number}: done")
+            if out is not None:
+                with out.open("a", encoding="utf-8") as lines:
+                    print(json.dumps(found[-1]), file=lines)
+        typer.echo(several.tables(found))
+
+
+@app.command()
+def kills(
+    count: Annotated[int, typer.Option(min=1, help="Kills for each of the two patterns.")] = 100,
+) -> None:
+    """Kill pruning on files at random moments, and check that the next run loses and repeats nothing; some two minutes."""
+    import torch
+
+    from hftcore.bench.kills import PATTERNS, campaign
+
+    torch.set_num_threads(1)
+    with _refusals():
+        for pattern in PATTERNS:
+            found = campaign(pattern, count)
+            typer.echo(f"{pattern}: " + ", ".join(f"{number} {what}" for what, number in found.items()))
+
+
+@app.command()
 def instructions() -> None:
     """Count the instructions of the native kernels under callgrind, which no neighbour disturbs; takes a minute or two."""
     from hftcore.bench.instructions import COLUMNS, ROWS, count

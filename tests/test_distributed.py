@@ -295,6 +295,20 @@ def work(rank, port):
     dist.destroy_process_group()
 
 
+@pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without distributed")
+def test_the_rounds_of_a_selection_do_not_grow_with_the_model():
+    from hftcore.bench.ranks import measure, tables
+
+    found = measure(2, (1, 3), 1, calibrates=False)
+    rows, model = (
+        [one for one in found["selection"] if one["pattern"] == f"0.5 {scope}"] for scope in ("row", "model")
+    )
+    assert [one["rounds"] for one in rows] == [5, 5]
+    assert max(one["rounds"] for one in model) <= 12
+    assert max(one["bytes"] for one in model) < 65536
+    assert tables([found]).count("| 2 |") == 4
+
+
 TIMEOUT = 10.0  # seconds the processes wait for each other
 
 

@@ -421,77 +421,12 @@ def test_verify_says_whether_a_folder_is_whole(written):
     assert (code, err.count("\n")) == (1, 1)
 
 
-KILLS = r"""
-import json, os, random, shutil, signal, sys, time, torch
-from pathlib import Path
-from hftcore.energy import Energy
-from hftcore.bindings.checkpoints.prune import prune_folder
-from hftcore.bindings.checkpoints import skeleton, verify
-root, pattern, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-torch.set_num_threads(1)
-energy = Energy.load(root / "energy")
-work, journal, out = root / ".out.partial", root / ".out.journal", root / "out"
-draw = random.Random(pattern)
-skeleton.load_skeleton(root / "model")  # imports what the children would import each
-
-def run(delay):
-    child = os.fork()
-    if not child:
-        if delay:
-            signal.setitimer(signal.ITIMER_REAL, delay)
-        prune_folder(root / "model", energy, pattern, out)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-def finished():
-    # the files of the journal's lines, with the time of their last change
-    lines = journal.read_text().splitlines()[1:] if journal.exists() else []
-    names = [json.loads(line)[0].removeprefix("file ") for line in lines if line.endswith("]")]
-    return {name: (work / name).stat().st_mtime_ns for name in names if (work / name).is_file()}
-
-start = time.perf_counter()
-assert run(0) == 0
-length = time.perf_counter() - start
-shutil.move(out, root / "expected")
-killed = resumed = 0
-while killed < kills:
-    done = finished()
-    status = run(draw.uniform(0.02, 1.1) * length)
-    if status:
-        assert status == signal.SIGALRM, status
-        killed += 1
-        assert not out.exists() or not verify.verify_folder(out)["problems"]
-    where = out if out.exists() else work
-    for name, changed in done.items():
-        assert (where / name).stat().st_mtime_ns == changed, f"{name} was written again"
-    resumed += bool(done)
-    if work.exists():
-        # a power cut: what no line of the journal vouches for is lost
-        for file in work.rglob("*"):
-            name = file.relative_to(work).as_posix()
-            if file.is_file() and not name.startswith("edit/") and name not in finished():
-                file.write_bytes(b"")
-    if out.exists():
-        for file in (root / "expected").rglob("*"):
-            assert not file.is_file() or file.read_bytes() == (out / file.relative_to(root / "expected")).read_bytes(), file
-        shutil.rmtree(out)
-        journal.unlink(missing_ok=True)
-print(json.dumps({"killed": killed, "resumed": resumed}))
-"""
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("pattern", ["50%", "0.3 model highest"])
-def test_a_run_killed_at_any_moment_is_continued_by_the_next(tmp_path, pattern):
-    model = tiny_model("mixtral")
+def test_a_run_killed_at_any_moment_is_continued_by_the_next(pattern):
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    # in memory where that is possible: waiting for a disk would take most of the time
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as place:
-        root = Path(place)
-        save_in(model, root / "model", 4, 0)
-        Energy({name: value + 1 for name, value in energy_of(model).items()}).save(root / "energy")
-        command = [sys.executable, "-c", KILLS, place, pattern, "10"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    command = [sys.executable, "-m", "hftcore.bench.kills", pattern, "10"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
     assert report["killed"] == 10

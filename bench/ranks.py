@@ -1,0 +1,227 @@
+"""What several processes gain and what they pay: calibration on their batches, and exact selection on weights that they share.
+
+Started by `hftcore-bench ranks`; each process of the group runs this file. Everything is compared with what a process does alone
+within the same run, in turns, while the others wait.
+"""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import hftcore
+from hftcore.bench.models import model_of
+from hftcore.bench.report import table
+from hftcore.bench.timing import paired_ratio
+from hftcore.distributed import Shard, sharded_masks
+from hftcore.errors import HftcoreError
+from hftcore.ranks import reduce
+
+SIDE = 4096  # rows and columns of each matrix that is selected on
+SIZES = (1, 4, 16, 64)  # so many of them: 17 million to 1.07 billion weights
+PATTERNS = ("0.5 row", "0.5 model")
+RANKS = (1, 2, 4)
+BATCHES, SAMPLES, TOKENS = 8, 2, 128
+
+
+def measure(count: int, sizes: Sequence[int], rounds: int, calibrates: bool) -> dict[str, Any]:
+    """What process 0 of a group of `count` found.
+
+    Returns:
+        {"ranks", "round_us": of a small all-reduce, "calibration": times by round, "selection": one dict for each size
+        and pattern}.
+
+    Raises:
+        HftcoreError: a process failed, with its last words.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    order = json.dumps({"count": count, "port": port, "sizes": list(sizes), "rounds": rounds, "calibrates": calibrates})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "hftcore.bench.ranks", str(rank), order],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(count)
+    ]
+    try:
+        said = [process.communicate() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, said, strict=True):
+        if process.returncode:
+            raise HftcoreError(f"a process of {count} ended with {process.returncode}: {errors.strip()[-400:]}")
+    return json.loads(said[0][0])
+
+
+def in_turns(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """NAME_s and NAME_cpu_s by round: seconds, and CPU seconds of this process; all processes begin a variant together."""
+    times: dict[str, list[float]] = {f"{name}_{kind}": [] for name in variants for kind in ("s", "cpu_s")}
+    for turn in range(rounds + 1):
+        for name, call in variants.items():
+            dist.barrier()
+            start, spent = time.perf_counter(), time.process_time()
+            call()
+            if turn:  # the first only warms up
+                times[f"{name}_s"].append(time.perf_counter() - start)
+                times[f"{name}_cpu_s"].append(time.process_time() - spent)
+    return times
+
+
+def calibration(rank: int, count: int, rounds: int) -> dict[str, list[float]]:
+    """All batches on process 0 while the others wait, and each process its part of them."""
+    model = model_of("small-llama T128", torch.float32, torch.device("cpu"))
+    draw = torch.Generator().manual_seed(0)
+    batches = [
+        {"input_ids": torch.randint(0, model.config.vocab_size, (SAMPLES, TOKENS), generator=draw)}
+        for _ in range(BATCHES)
+    ]
+
+    def shared() -> None:
+        hftcore.calibrate(model, batches[rank::count], group=dist.group.WORLD)
+
+    def alone() -> None:
+        if rank == 0:
+            hftcore.calibrate(model, batches)
+        dist.barrier()
+
+    return in_turns({"alone": alone, "shared": shared}, rounds)
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Count the rounds of collectives, and the bytes that this process puts into them."""
+    counts = {"rounds": 0, "bytes": 0}
+    # name -> the argument that travels, and how many rounds a call takes: objects travel after their sizes
+    kinds = {"all_reduce": (0, 1), "all_gather": (1, 1), "all_gather_object": (1, 2)}
+    kept = {name: getattr(dist, name) for name in kinds}
+
+    def counting(name: str, *args: Any) -> Any:
+        place, rounds = kinds[name]
+        counts["rounds"] += rounds
+        counts["bytes"] += getattr(args[place], "nbytes", 0)
+        return kept[name](*args)
+
+    try:
+        for name in kinds:
+            setattr(dist, name, partial(counting, name))
+        yield counts
+    finally:
+        for name, call in kept.items():
+            setattr(dist, name, call)
+
+
+def selection(rank: int, count: int, size: int, pattern: str, rounds: int, alone: Any) -> dict[str, Any]:
+    """Masks of `size` matrices, of which each process holds its share of the rows, against the same work without the others."""
+    draw = torch.Generator().manual_seed(rank)
+    rows = SIDE // count
+    noise = torch.randn(rows, SIDE, generator=draw).bfloat16()
+    energy = torch.rand(SIDE, generator=torch.Generator().manual_seed(9))
+    shards = [Shard(noise * (1 + 0.01 * number), energy, "rows") for number in range(size)]
+    times = in_turns(
+        {
+            "alone": lambda: sharded_masks(shards, pattern, alone),
+            "shared": lambda: sharded_masks(shards, pattern, dist.group.WORLD),
+        },
+        rounds,
+    )
+    with counted() as counts:
+        sharded_masks(shards, pattern, dist.group.WORLD)
+    return {"weights": size * rows * count * SIDE, "matrices": size, "pattern": pattern, **counts, **times}
+
+
+def take_part(rank: int, order: dict[str, Any]) -> dict[str, Any]:
+    """What each process does."""
+    torch.set_num_threads(1)
+    count, rounds = order["count"], order["rounds"]
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{order['port']}", rank=rank, world_size=count)
+    small = torch.zeros(4, dtype=torch.int64)
+    latency = in_turns({"round": lambda: reduce(dist.group.WORLD, small, "sum")}, 50)["round_s"]
+    found: dict[str, Any] = {"ranks": count, "round_us": 1e6 * statistics.median(latency)}
+    if order["calibrates"]:
+        found["calibration"] = calibration(rank, count, rounds)
+    alone = [dist.new_group([one]) for one in range(count)][rank]
+    found["selection"] = [
+        selection(rank, count, size, pattern, rounds, alone) for size in order["sizes"] for pattern in PATTERNS
+    ]
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+def tables(found: Sequence[dict[str, Any]]) -> str:
+    """All measurements as Markdown."""
+    calibrated = [
+        [
+            str(one["ranks"]),
+            f"{statistics.median(one['calibration']['alone_s']):.2f}",
+            f"{statistics.median(one['calibration']['shared_s']):.2f}",
+            f"{paired_ratio(one['calibration']['alone_s'], one['calibration']['shared_s']):.2f}",
+            f"{paired_ratio(one['calibration']['alone_cpu_s'], one['calibration']['shared_cpu_s']):.2f}",
+        ]
+        for one in found
+        if "calibration" in one
+    ]
+    selected = []
+    for one in found:
+        for each in one["selection"]:
+            alone, shared = (statistics.median(each[name]) for name in ("alone_s", "shared_s"))
+            expected = each["rounds"] * one["round_us"] / 1e6
+            selected.append(
+                [
+                    str(one["ranks"]),
+                    f"{each['weights'] / 1e6:.0f} M",
+                    each["pattern"],
+                    str(each["rounds"]),
+                    str(each["bytes"]),
+                    f"{1000 * alone:.0f}",
+                    f"{1000 * shared:.0f}",
+                    f"{100 * (paired_ratio(each['shared_s'], each['alone_s']) - 1):.1f} %",
+                    f"{100 * (paired_ratio(each['shared_cpu_s'], each['alone_cpu_s']) - 1):.1f} %",
+                    f"{100 * expected / alone:.1f} %",
+                ]
+            )
+    return "\n\n".join(
+        [
+            "Calibration, seconds: all batches on one process with one thread, and spread over all.",
+            table(["ranks", "one", "all", "times faster", "in CPU time"], calibrated),
+            "Exact selection, milliseconds: each process on its rows by itself, and all of them together.",
+            table(
+                [
+                    "ranks",
+                    "weights",
+                    "pattern",
+                    "rounds",
+                    "bytes",
+                    "alone",
+                    "together",
+                    "overhead",
+                    "in CPU time",
+                    "rounds x latency",
+                ],
+                selected,
+            ),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    answer = take_part(int(sys.argv[1]), json.loads(sys.argv[2]))
+    if sys.argv[1] == "0":
+        print(json.dumps(answer))

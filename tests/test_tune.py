@@ -89,6 +89,15 @@ def test_a_goal_that_its_interval_leaves_open_is_said_to_be_unsure():
     assert search.verdict.endswith("HS 100 to 0 [0, 16], FA changed by +0; more requests would make it surer.")
 
 
+@pytest.mark.parametrize(("noise", "says"), [(20, ""), (90, "; 90 % of the replies are noise, so this says little")])
+def test_a_goal_met_by_noise_is_said_to_say_little(noise, says):
+    broken = {"HS": Share(0, 100), "degenerate": Share(noise, 100)}
+    start = {"HS": Share(90, 100), "degenerate": Share(0, 100)}
+    search = find_dose(lambda amount: broken if amount else start, UNTIL, highest=1.0, steps=1, tolerance=1.0)
+    assert search.verdict == f"The smallest dose that does it is 1: HS 90 to 0 [0, 4]{says}."
+    assert find_dose(lambda amount: broken, UNTIL, highest=1.0).verdict == f"No dose is needed: HS is 0 [0, 4]{says}."
+
+
 def test_goals_are_read_and_nonsense_is_refused():
     assert parse_goal(" HS+ <= 7.5") == Goal("HS+", "<=", 7.5)
     assert parse_goal("FA>=-2", is_change=True) == KEEP

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hftcore.bindings.evaluation.metrics import Score
+from hftcore.bindings.evaluation.run import BROKEN_PERCENT
 from hftcore.errors import HftcoreError
 
 Measure = Callable[[float], Mapping[str, Score]]
@@ -140,7 +141,11 @@ def _judged(
     low, high = score.interval
     doubt = "" if until.bound >= high or until.bound <= low else "; more requests would make it surer"
     cost = "" if keep is None else f", {keep.score} changed by {keep.value(curve[dose], undosed):+.0f}"
+    noise = curve[dose].get("degenerate")
+    if noise is not None and noise.value > BROKEN_PERCENT:
+        doubt += f"; {noise.value:.0f} % of the replies are noise, so this says little"
     if dose == 0:
-        return Search(dose, curve, f"No dose is needed: {until.score} is {score.value:.0f} [{low:.0f}, {high:.0f}].")
+        found = f"{until.score} is {score.value:.0f} [{low:.0f}, {high:.0f}]"
+        return Search(dose, curve, f"No dose is needed: {found}{doubt}.")
     found = f"{until.score} {undosed[until.score].value:.0f} to {score.value:.0f} [{low:.0f}, {high:.0f}]"
     return Search(dose, curve, f"The smallest dose that does it is {dose:.3g}: {found}{cost}{doubt}.")

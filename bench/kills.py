@@ -19,6 +19,7 @@ from hftcore.bench.models import model_of
 from hftcore.bindings.checkpoints.prune import prune_folder
 from hftcore.bindings.checkpoints.skeleton import load_skeleton
 from hftcore.bindings.checkpoints.verify import verify_folder
+from hftcore.bindings.models_io import quiet
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
 from hftcore.layers import find_layers
@@ -47,6 +48,7 @@ class _Victim:
     def __init__(self, root: Path, pattern: str) -> None:
         self.root, self.pattern = root, pattern
         self.out, self.work, self.journal = root / "out", root / ".out.partial", root / ".out.journal"
+        quiet()
         model = model_of("tiny-llama", torch.bfloat16, torch.device("cpu"))
         model.save_pretrained(root / "model", max_shard_size=sum(p.nbytes for p in model.parameters()) // 4)
         draw = torch.Generator().manual_seed(0)

@@ -108,6 +108,7 @@ def draw(report: Report, grid: Grid, path: Path) -> None:
         if score == "HS":
             axes.axhline(grid.phi, color="#555555", linewidth=1, linestyle=":")
         axes.set_title(titles[domain], fontsize=10)
+        axes.set_xticks(sorted({place for attack in ours if attack.domain == domain for place in ours[attack]}))
         axes.set_xlabel("steps")
         axes.set_ylabel(f"{score}, percent")
         axes.set_ylim(-4, 104)

@@ -23,7 +23,7 @@ from hftcore.selection import Part, find_threshold, first_ties
 
 Cutting = Literal["rows", "columns", "whole"]
 
-BAND = 1 << 20  # scores in memory at a time
+BAND = 1 << 23  # scores in memory at a time; each takes some 13 bytes
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import hftcore
-from hftcore import Energy, HftcoreError, NonFiniteError, Pattern, ops
+from hftcore import Energy, HftcoreError, NonFiniteError, Pattern, distributed, ops
 from hftcore.distributed import Shard, sharded_mask, sharded_masks
 from hftcore.ranks import add_up_
 from hftcore.selection import Part, find_cut
@@ -65,6 +65,7 @@ def shard_of(draw, whole, rank, ranks):
 
 def check_matrix(seed, pattern, rank, group):
     draw = random.Random(seed)
+    distributed.BAND = draw.choice([60, 1 << 23])  # rows one by one or a few at a time, and all of them
     dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
     whole = matrices(draw, dtype)
     wanted = ops.unpack_mask(ops.prune_mask(whole[0], whole[1], pattern, whole[2]), whole[0].shape[1])
@@ -314,7 +315,6 @@ TIMEOUT = 10.0  # seconds the processes wait for each other
 
 def mourn(rank, port, stage):
     """What each process does while one of them ends or stops half way; the others must say so soon, and have changed nothing."""
-    from hftcore import distributed
     from hftcore.dtensors import prune_sharded
 
     torch.set_num_threads(1)

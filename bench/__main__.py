@@ -73,10 +73,13 @@ def run_cases(quick: Quick = False, case: Cases = None, shape: Shapes = None, ou
         file = out or Path(folder) / "this run"
         wanted = chosen(case, shape, quick)
         facts = results.run_facts(device)
+        results.require_same_machine(file, facts)
         effort = Effort(rounds=3, budget_s=0.5) if quick else Effort()
-        complete = run(wanted, device, effort, lambda measured: results.append(file, measured, facts), _say)
-        if file.exists():
-            typer.echo(report(results.load(file), file.name))
+        try:
+            complete = run(wanted, device, effort, lambda measured: results.append(file, measured, facts), _say)
+        finally:  # of an interrupted run too
+            if file.exists():
+                typer.echo(report(results.load(file), file.name))
     if not complete:
         raise typer.Exit(1)
 
@@ -107,11 +110,15 @@ def scale(
             if name not in SWEEPS:
                 raise HftcoreError(f"--curve must be one of {', '.join(SWEEPS)}, got {name!r}")
         facts = results.run_facts(device)
+        results.require_same_machine(file, facts)
         effort = Effort(rounds=3, budget_s=2.0) if quick else Effort(budget_s=20.0)
-        for name in curve or SWEEPS:
-            results.append(file, sweep(name, torch.float32, device, effort), facts)
-            _say(f"{name}: done")
-        typer.echo(report(results.load(file), file.name))
+        try:
+            for name in curve or SWEEPS:
+                results.append(file, sweep(name, torch.float32, device, effort), facts)
+                _say(f"{name}: done")
+        finally:  # of an interrupted run too
+            if file.exists():
+                typer.echo(report(results.load(file), file.name))
 
 
 @app.command("report")

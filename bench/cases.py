@@ -1,5 +1,7 @@
 """The cases as data: op, shapes, dtypes, the work an ideal kernel does, and how to prepare our call, its peers and its ceilings."""
 
+from typing import Any
+
 import torch
 
 from hftcore.bench import peers
@@ -161,3 +163,12 @@ CASES: dict[str, Case] = {
         for name, job in JOBS.items()
     },
 }
+
+
+def in_order(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a result file as cases, shapes and dtypes are listed here, however often a file was added to; other lines last."""
+    shapes = [(name, shape) for name, case in CASES.items() for shape in case.shapes]
+    place = {where: number for number, where in enumerate(shapes)}
+    return sorted(
+        lines, key=lambda line: (place.get((line["case"], line["shape"]), len(place)), line["dtype"] != "float32")
+    )

@@ -73,6 +73,7 @@ def session(out: Path | None, rehearse: bool, tune: bool, say: Say, minutes: flo
 
     Raises:
         HftcoreError: no GPU.
+        ValueError: `out` holds results of another machine.
     """
     begin = time.monotonic()
     if rehearse:
@@ -87,6 +88,7 @@ def session(out: Path | None, rehearse: bool, tune: bool, say: Say, minutes: flo
     if out is None:
         stem = f"rehearsal-{results.file_stem(facts)}" if rehearse else results.file_stem(facts)
         out = Path("bench/results") / f"{stem}.jsonl"
+    results.require_same_machine(out, facts)
     passed = _tests(rehearse, say)
     effort = Effort(is_rehearsal=True) if rehearse else Effort(rounds=15, budget_s=0.7)
 

@@ -47,14 +47,14 @@ def chosen(
         quick: only small shapes.
 
     Raises:
-        HftcoreError: a name that is no case, or no shape.
+        HftcoreError: a name that is no case, or no shape; nothing is left of what was asked for.
     """
     known = list(dict.fromkeys(shape for case in CASES.values() for shape in case.shapes))
     for option, wanted, allowed in (("--case", names, list(CASES)), ("--shape", shapes, known)):
         for name in wanted or ():
             if name not in allowed:
                 raise HftcoreError(f"{option} must be one of {', '.join(allowed)}, got {name!r}")
-    return [
+    found = [
         (name, shape, dtype)
         for name, case in CASES.items()
         if not names or name in names
@@ -62,6 +62,11 @@ def chosen(
         if (not shapes or shape in shapes) and (not quick or shape in QUICK)
         for dtype in case.dtypes
     ]
+    if not found:
+        of = "; ".join(f"{name}: {', '.join(CASES[name].shapes)}" for name in names or ())
+        small = f"--quick runs only {', '.join(one for one in known if one in QUICK)}" if quick else ""
+        raise HftcoreError(f"no chosen case has a chosen shape; {'; '.join(part for part in (of, small) if part)}")
+    return found
 
 
 def _call_into(returned: list[Any], call: Callable[[], Any]) -> None:
@@ -110,7 +115,7 @@ def difference(ours: Any, theirs: Any) -> str:
     """In words, how far two answers lie apart.
 
     >>> difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]))
-    'up to 0.5 of our values'
+    '50 % of the values, by up to 1'
     >>> difference({"a": torch.tensor([0.0, 2.0])}, {"a": torch.tensor([1.0, 2.0])})
     '50 % of the values of a'
     """
@@ -120,7 +125,9 @@ def difference(ours: Any, theirs: Any) -> str:
         return f"{100 * parts.get(worst, 1.0):.3g} % of the values of {worst}"
     if ours.shape != theirs.shape:
         return f"shape {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
-    return f"up to {float(((ours - theirs) / ours).abs().nan_to_num(0.0, posinf=float('inf')).max()):.3g} of our values"
+    differ = ours != theirs
+    furthest = (ours.double() - theirs.double())[differ].abs().max()
+    return f"{100 * float(differ.double().mean()):.3g} % of the values, by up to {float(furthest):.3g}"
 
 
 def measure(name: str, shape: str, dtype: torch.dtype, device: torch.device, effort: Effort) -> list[Measurement]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hftcore.bench.cases import in_order
 from hftcore.bench.ceiling import share
 from hftcore.bench.measure import OURS
 from hftcore.bench.scaling import SWEEPS, bend, exponent
@@ -42,6 +43,7 @@ def draw(lines: Lines, folder: Path) -> list[tuple[str, Path]]:
         raise HftcoreError("the plots need matplotlib: pip install 'hftcore[plots]'") from None
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
+    lines = in_order(lines)
     made = []
     for name, plot in (("share", _share), ("speedup", _speedup), ("memory", _memory), ("scaling", _scaling)):
         figure = plot(lines)

@@ -41,18 +41,16 @@ class Row:
     problem: str = ""
 
     def verdict(self, threshold: float) -> str:
-        """In a word; a change that the noise exceeds is no change.
+        """In a word; nothing is said that the noise exceeds, nor that nothing changed.
 
-        >>> Row("", ratio=1.3, low=1.2, high=1.4).verdict(0.1), Row("", ratio=1.3, low=0.9, high=1.7).verdict(0.1)
+        >>> Row("", ratio=1.3, low=1.2, high=1.4).verdict(0.1), Row("", ratio=1.0, low=0.7, high=1.7).verdict(0.1)
         ('slower', 'lost in noise')
         """
         if self.problem:
             return self.problem
-        if abs(self.ratio - 1) <= threshold:
-            return "same"
-        if self.low <= 1 <= self.high:
-            return "lost in noise"
-        return "slower" if self.ratio > 1 else "faster"
+        if abs(self.ratio - 1) > threshold and not self.low <= 1 <= self.high:
+            return "slower" if self.ratio > 1 else "faster"
+        return "lost in noise" if max(1 - self.low, self.high - 1) > 2 * threshold else "same"
 
 
 def compare(base: str, head: str, wanted: list[tuple[str, str, torch.dtype]], effort: Effort, say: Say) -> list[Row]:

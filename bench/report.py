@@ -4,18 +4,14 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from hftcore.bench.cases import CASES
-from hftcore.bench.ceiling import COPY, IN_PLACE, MATMUL, OP, READ, share
-from hftcore.bench.defences import SFT_STEP
+from hftcore.bench.cases import CASES, in_order
+from hftcore.bench.ceiling import share
 from hftcore.bench.measure import OURS
 from hftcore.bench.scaling import SWEEPS, bend, exponent
-from hftcore.bench.steps import PLAIN_STEP
-from hftcore.bench.targets import TARGETS, Target
+from hftcore.bench.targets import ELSEWHERE, TARGETS, Target
 from hftcore.bench.timing import NOISY_CANARY, NOISY_NEIGHBOURS, median_interval, paired, paired_ratio
-from hftcore.bench.whole import PLAIN
 
 Lines = list[dict[str, Any]]
-CEILINGS = (IN_PLACE, READ, COPY, MATMUL, OP, PLAIN, PLAIN_STEP, SFT_STEP)
 
 
 def report(lines: Lines, source: str, plots: Sequence[tuple[str, str]] = ()) -> str:
@@ -31,6 +27,7 @@ def report(lines: Lines, source: str, plots: Sequence[tuple[str, str]] = ()) -> 
     """
     if not lines:
         raise ValueError(f"{source} holds no measurements; make some with hftcore-bench run --out {source}")
+    lines = in_order(lines)
     parts = [f"# Benchmark results: {source}", _provenance(lines, source), _targets(lines)]
     parts += [f"![{title}]({path})" for title, path in plots]
     for case, about in ((name, case.about) for name, case in CASES.items()):
@@ -77,30 +74,33 @@ def _provenance(lines: Lines, source: str) -> str:
         f"{first['date']}.\n\nTimes are medians in milliseconds with the 20th and 80th percentile. A ratio is the median over rounds of "
         "one time over another of the same round; beside it stands the ratio of the fastest rounds. In brackets, and for verdicts: where "
         "the median lies with 95 % confidence. Where a limit lies inside, or 1 does, the noise exceeds the effect: the verdict is "
-        '"undecided", and the speed-up has a "~". "Share" is the time an ideal kernel would take by the measured ceilings over ours. '
+        '"undecided", and the speed-up has a "~"; "one round" has no '
+        'spread to judge by. "Share" is the time an ideal kernel would take by the measured ceilings over ours. '
         f'"noisy": a fixed computation timed along ran {NOISY_CANARY:g} x slower in the median than at its best, or other '
         f"processes kept more than {NOISY_NEIGHBOURS:g} cores busy; read such ratios with care."
     )
 
 
 def _targets(lines: Lines) -> str:
-    device, threads = lines[0]["device"], lines[0]["threads"]
-    rows = [[one.sentence(), *_verdict(one, lines, threads)] for one in TARGETS if one.device == device]
-    if not rows:
-        return f"No targets are set for {device}."
+    rows = [[one.sentence(), *_verdict(one, lines)] for one in TARGETS]
     measured = [row for row in rows if row[-1] != MISSING]
-    absent = [row[0] for row in rows if row[-1] == MISSING]
+    absent = [
+        f"- {row[0]}{' (on a GPU)' if one.device == 'cuda' else ''}"
+        for one, row in zip(TARGETS, rows, strict=True)
+        if row[-1] == MISSING
+    ]
+    absent += [f"- {promise}: {where}" for promise, where in ELSEWHERE]
     parts = ["## Targets"]
     if measured:
         parts.append(table(["target", "measured", "fastest rounds", "verdict"], measured))
-    if absent:
-        parts.append(f"Not measured in this file: {'; '.join(absent)}.")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, "Not measured in this file:", "\n".join(absent)])
 
 
-def _verdict(target: Target, lines: Lines, threads: int) -> tuple[str, str, str]:
-    where = (target.case, target.shape, target.dtype)
-    found = {line["variant"]: line for line in lines if (line["case"], line["shape"], line["dtype"]) == where}
+def _verdict(target: Target, lines: Lines) -> tuple[str, str, str]:
+    where = (target.case, target.shape, target.dtype, target.device)
+    found = {
+        line["variant"]: line for line in lines if (line["case"], line["shape"], line["dtype"], line["device"]) == where
+    }
     values = target.values(found.get)
     if not values:
         return "–", "–", MISSING
@@ -108,9 +108,14 @@ def _verdict(target: Target, lines: Lines, threads: int) -> tuple[str, str, str]
     best = target.fastest(found.get)
     fastest = "–" if best is None else f"{best:.3g}"
     measured = f"{value:.3g}" if low == high else f"{value:.3g} [{low:.3g}, {high:.3g}]"
+    threads = found[OURS]["threads"]
     if target.threads not in (None, threads):
         return measured, fastest, f"not judged: it is for {target.threads} threads, this run had {threads}"
-    noisy = ", noisy" if found[OURS]["noisy"] and target.quantity not in ("extra_mb", "extra_ratio") else ""
+    noisy = ""
+    if target.quantity in ("ratio", "speedup", "difference_us", "share"):
+        noisy = (", one round" if len(found[OURS]["times_ms"]) == 1 else "") + (
+            ", noisy" if found[OURS]["noisy"] else ""
+        )
     if target.is_met(low) != target.is_met(high):
         return measured, fastest, f"undecided{noisy}"
     return measured, fastest, f"{'met' if target.is_met(value) else '**not met**'}{noisy}"
@@ -118,8 +123,7 @@ def _verdict(target: Target, lines: Lines, threads: int) -> tuple[str, str, str]
 
 def _case(lines: Lines) -> str:
     peers = list(dict.fromkeys(line["variant"] for line in lines if line["kind"] in ("peer", "missing")))
-    present = {line["variant"] for line in lines if line["kind"] == "ceiling"}
-    ceilings = [name for name in CEILINGS if name in present]
+    ceilings = list(dict.fromkeys(line["variant"] for line in lines if line["kind"] in ("ceiling", "kernels")))
     header = ["shape", "dtype", "ms", "20-80 %", "GB/s", "share", *(f"x {name}" for name in ceilings)]
     header += [*(f"faster than {name}" for name in peers), "extra MB", "noisy"]
     rows = []

@@ -65,24 +65,38 @@ def append(path: Path, measurements: Iterable[Measurement], facts: dict[str, Any
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """The lines of a result file; of several measurements of the same thing the last.
+    """The lines of a result file; of several runs of the same case, shape and dtype the last, so that rounds of two runs make no ratio.
 
     Raises:
         ValueError: a line is not a measurement, or the lines are of several machines, whose times make no ratios.
     """
-    newest: dict[tuple[str, ...], dict[str, Any]] = {}
+    newest: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             one = json.loads(line)
             if "size" not in one:  # as files were written before shapes could have more than two sizes
                 one["size"] = [one.pop("rows"), one.pop("columns")]
-            newest[tuple(str(one[key]) for key in ("case", "shape", "dtype", "device", "backend", "variant"))] = one
+            where, kind = tuple(str(one[key]) for key in ("case", "shape", "dtype")), one["kind"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} of {path.name} is not a measurement of hftcore-bench: {error}") from None
-    machines = {json.dumps(one.get("machine"), sort_keys=True) for one in newest.values()}
+        # every run of a case begins with our own line
+        newest[where] = [one] if kind == "ours" else [*newest.get(where, []), one]
+    lines = [one for run in newest.values() for one in run]
+    machines = {json.dumps(one.get("machine"), sort_keys=True) for one in lines}
     if len(machines) > 1:
         raise ValueError(f"{path.name} holds results of {len(machines)} machines; keep one file for each")
-    return list(newest.values())
+    return lines
+
+
+def require_same_machine(path: Path, facts: dict[str, Any]) -> None:
+    """Refuse, before anything is measured, to add to a file of another machine; a file that is not there yet is fine.
+
+    Raises:
+        ValueError: as `load`; or the file's machine is not that of `facts`.
+    """
+    for line in load(path)[:1] if path.exists() else ():
+        if line.get("machine") != facts["machine"]:
+            raise ValueError(f"{path.name} holds results of another machine than this; choose another file with --out")
 
 
 def run_facts(device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hftcore.bench.__main__ import app
 from hftcore.bench.ceiling import IN_PLACE
 from hftcore.bench.job import Case, Job, UnavailableError, Work, shape_of
 from hftcore.bench.report import report
-from hftcore.bench.targets import TARGETS, Target
+from hftcore.bench.targets import ELSEWHERE, TARGETS, Target
 
 CPU = torch.device("cpu")
 FIRST = [(name, case.shapes[0], dtype) for name, case in cases.CASES.items() for dtype in case.dtypes]
@@ -230,12 +230,31 @@ def test_extra_memory_is_what_a_call_takes_for_a_while(monkeypatch, sampled):
     assert memory.extra_bytes(lambda: None, CPU) < 4 << 20
 
 
-def test_a_result_file_keeps_the_last_of_each_measurement(tmp_path):
-    file = written(tmp_path / "sub" / "r.jsonl", measured("hftcore", [3.0], "ours"), measured("copy_", [1.0]))
-    written(file, measured("hftcore", [2.0], "ours"))
+def test_a_result_file_keeps_the_last_run_of_each_case(tmp_path):
+    """What an earlier run had beside it makes no ratio with the later one's rounds, with whatever backend that was."""
+    file = written(
+        tmp_path / "sub" / "r.jsonl",
+        measured("hftcore", [3.0], "ours"),
+        measured("copy_", [1.0]),
+        measured("topk", [9.0]),
+        measured("hftcore", [5.0], "ours", shape="tiny"),
+    )
+    written(file, measured("hftcore", [2.0], "ours", backend="torch"), measured("copy_", [4.0], backend="torch"))
     lines = results.load(file)
-    assert {line["variant"]: line["median_ms"] for line in lines} == {"hftcore": 2.0, "copy_": 1.0}
+    kept = {(line["shape"], line["variant"]): line["median_ms"] for line in lines}
+    assert kept == {("1gb", "hftcore"): 2.0, ("1gb", "copy_"): 4.0, ("tiny", "hftcore"): 5.0}
     assert lines[0]["machine"] == FACTS["machine"]
+
+
+@pytest.mark.parametrize("arguments", [("run", "--quick"), ("scale", "--quick"), ("gpu", "--rehearse")])
+def test_nothing_is_measured_into_the_file_of_another_machine(tmp_path, monkeypatch, arguments):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    file = written(tmp_path / "r.jsonl", measured("hftcore", [3.0], "ours"))
+    before = file.read_bytes()
+    done = command(*arguments, "--out", file)
+    assert done.exit_code == 1
+    assert "r.jsonl holds results of another machine than this; choose another file with --out" in done.output
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("bad", ["{", "[]", '{"case": "prune_rows"}'])
@@ -315,8 +334,11 @@ def test_the_report_gives_ratios_and_verdicts(tmp_path):
     assert in_place.endswith("| 3.5 | 3.5 | **not met** |")
     assert memory_line.endswith("| 1 | – | met |")
     assert sort.endswith("| 160 | 160 | met |")
-    absent = next(line for line in done.output.splitlines() if line.startswith("Not measured in this file:"))
-    assert "antidote smollm2 float32: at most 1.1 x the time of one plain pass" in absent
+    absent = done.output.split("Not measured in this file:\n\n")[1].split("\n\n")[0].splitlines()
+    assert "- antidote smollm2 float32: at most 1.1 x the time of one plain pass" in absent
+    assert "- prune_rows 1gb bfloat16: at most 1.33 x the time of in place mul_(1) (on a GPU)" in absent
+    assert "- calibration on 2 processes: at least 1.7 x faster than on one: `hftcore-bench ranks`" in absent
+    assert len(absent) == len(TARGETS) + len(ELSEWHERE) - 3
     big = rows_of(done.output, "1gb [16384, 16384]")[0].split(" | ")
     assert big[2] == "3.5"
     assert big[4] == "286"  # 1 GB in 3.5 ms
@@ -353,6 +375,30 @@ def test_run_writes_measurements_and_prints_their_report(tmp_path, monkeypatch):
     assert {line["kind"] for line in lines} == {"ours", "peer", "ceiling"}
     assert all(len(line["times_ms"]) == 3 for line in lines)
     assert rows_of(done.output, "tiny [64, 96]")
+
+
+def test_an_interrupted_run_shows_and_keeps_what_it_has(tmp_path, monkeypatch):
+    def interrupted(_wanted, _device, _effort, keep, _say):
+        keep([measured("hftcore", [3.0], "ours")])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "machine", lambda device: FACTS["machine"])
+    monkeypatch.setattr(measure, "run", interrupted)
+    shown = command("run", "--quick")
+    assert shown.exit_code == 130
+    assert rows_of(shown.output, "1gb [16384, 16384]")
+    kept = tmp_path / "r.jsonl"
+    command("run", "--quick", "--out", kept)
+    assert len(results.load(kept)) == 1
+
+
+def test_a_shape_that_no_chosen_case_has_is_refused_with_those_that_exist():
+    done = command("run", "--case", "dispatch_prune", "--shape", "1gb")
+    assert done.exit_code == 1
+    assert "no chosen case has a chosen shape; dispatch_prune: dispatch" in done.output
+    small = command("run", "--quick", "--shape", "1gb")
+    assert small.exit_code == 1
+    assert "--quick runs only tiny, " in small.output
 
 
 @pytest.mark.parametrize(

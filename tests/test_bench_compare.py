@@ -94,7 +94,10 @@ def test_a_package_that_fails_or_answers_otherwise_is_left_out_with_the_reason(w
     )
     assert set(measure.compare(job, torch.device("cpu"))) == {measure.OURS, "same", "other"}
     assert list(job.peers) == ["same"]
-    assert job.missing == {"other": "another answer: up to 1 of our values", "broken": "ValueError: no such way"}
+    assert job.missing == {
+        "other": "another answer: 100 % of the values, by up to 1.5",
+        "broken": "ValueError: no such way",
+    }
 
 
 @pytest.fixture
@@ -173,6 +176,8 @@ def test_a_change_counts_only_past_the_threshold_and_past_the_noise():
     assert Row("", ratio=1.05, low=1.04, high=1.06).verdict(0.1) == "same"
     assert Row("", ratio=1.3, low=1.2, high=1.4).verdict(0.1) == "slower"
     assert Row("", ratio=1.3, low=0.9, high=1.7).verdict(0.1) == "lost in noise"
+    assert Row("", ratio=1.0, low=0.7, high=1.4).verdict(0.1) == "lost in noise"
+    assert Row("", ratio=1.0, low=0.9, high=1.15).verdict(0.1) == "same"
     assert Row("", ratio=0.7, low=0.6, high=0.8).verdict(0.1) == "faster"
     assert Row("", problem="not measured: gone").verdict(0.1) == "not measured: gone"
 

@@ -12,12 +12,15 @@ from typer.testing import CliRunner
 
 from hftcore.bench import measure, packages, plots, results, scaling, timing
 from hftcore.bench.__main__ import app
+from hftcore.bench.cases import in_order
 from hftcore.bench.ceiling import IN_PLACE, MATMUL, READ, SIDE, share
 from hftcore.bench.job import Job, shape_of
 from hftcore.bench.report import report
 from hftcore.bench.scaling import SWEEPS, Bend, Sweep, bend, exponent
 from hftcore.bench.steps import PLAIN_STEP
+from hftcore.bench.streaming import COPY
 from hftcore.bench.targets import Target
+from hftcore.bench.whole import PLAIN
 
 CPU = torch.device("cpu")
 FACTS = {
@@ -91,6 +94,45 @@ def test_a_speedup_that_may_be_none_is_marked(tmp_path):
     )
     (row,) = [one for one in report(lines, "r").splitlines() if one.startswith("| tiny")]
     assert "| ~1.1 | 2 |" in row
+
+
+def test_one_round_is_called_one_round(tmp_path):
+    lines = loaded(
+        tmp_path,
+        line("antidote", "hftcore", "ours", [0.8], shape="smollm2"),
+        line("antidote", PLAIN, "ceiling", [1.0], shape="smollm2"),
+    )
+    (row,) = [one for one in report(lines, "r").splitlines() if one.startswith("| antidote smollm2")]
+    assert row.endswith("| 0.8 | 0.8 | met, one round |")
+
+
+def test_every_ceiling_has_a_column(tmp_path):
+    lines = loaded(
+        tmp_path,
+        line("streaming prune, row scope", "hftcore", "ours", [3.0] * 6, shape="llama-1b"),
+        line("streaming prune, row scope", COPY, "ceiling", [2.0] * 6, shape="llama-1b"),
+        line("streaming prune, row scope", measure.ALONE, "kernels", [1.0] * 6, shape="llama-1b"),
+    )
+    header, _, row = (one for one in report(lines, "r").split("## streaming")[1].splitlines() if one.startswith("|"))
+    assert f"| x {COPY} | x {measure.ALONE} |" in header
+    assert "| 1.5 | 3 |" in row
+
+
+def test_a_file_added_to_later_is_in_the_order_of_the_cases(tmp_path):
+    lines = loaded(
+        tmp_path,
+        line("column_energy", "hftcore", "ours", [1.0], shape="tiny"),
+        line("prune_rows", "hftcore", "ours", [1.0], shape="1gb"),
+        line("prune_rows", "hftcore", "ours", [1.0], shape="tiny", dtype="bfloat16"),
+        line("prune_rows", "hftcore", "ours", [1.0], shape="tiny"),
+    )
+    order = [(one["case"], one["shape"], one["dtype"]) for one in in_order(lines)]
+    assert order == [
+        ("prune_rows", "tiny", "float32"),
+        ("prune_rows", "tiny", "bfloat16"),
+        ("prune_rows", "1gb", "float32"),
+        ("column_energy", "tiny", "float32"),
+    ]
 
 
 def test_a_peer_that_could_not_run_is_listed_with_its_reason(tmp_path):

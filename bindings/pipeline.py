@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 from hftcore.bindings.commands import run_antidote
 from hftcore.bindings.evaluation.cells import key_of
 from hftcore.bindings.evaluation.run import Options, identity
-from hftcore.bindings.jobs import Job
+from hftcore.bindings.jobs import Job, check_measured
 from hftcore.bindings.models_io import find_folder, is_adapter
 from hftcore.bindings.output import check_output
 from hftcore.bindings.trainers import METHODS
 from hftcore.bindings.training import Recipe, checkpoints_of, make_arguments, make_recipe, read_yaml, train
+from hftcore.defenses.settings import check_number
 from hftcore.errors import HftcoreError
 
 ANTIDOTE = "antidote"
@@ -55,7 +57,13 @@ def read_pipeline(path: Path) -> tuple[str, list[Stage]]:
             "for a single method name METHOD and MODEL"
         )
     beside = path.parent / model
-    return str(beside) if beside.is_dir() else model, [_stage(n, one, path) for n, one in enumerate(stages, 1)]
+    read = [_stage(number, one, path) for number, one in enumerate(stages, 1)]
+    for number, (before, after) in enumerate(itertools.pairwise(read), 2):
+        if before.method == ANTIDOTE and after.makes_adapter:
+            raise HftcoreError(
+                f"{path}: stage {number} makes a new adapter on what {ANTIDOTE} left; leave its lora out"
+            )
+    return str(beside) if beside.is_dir() else model, read
 
 
 def run_pipeline(config: Path, out: Path, device: str | None = None, dtype: str = "auto") -> dict[str, Any]:
@@ -100,7 +108,7 @@ def _run(stage: Stage, model: str, target: Path, merges: bool, device: str | Non
         train(stage.recipe, stage.method, model, target, resume, device, dtype, merges)
         return
     options = dict(stage.options)
-    ratio = options.pop("dense_ratio", 0.1)
+    ratio = options.pop("dense_ratio")
     run_antidote(Job(model, target, device=device, dtype=dtype, **options), ratio)
 
 
@@ -134,6 +142,10 @@ def _antidote_stage(settings: dict[str, Any], path: Path) -> Stage:
         files.append(options[key])
     if "reference" in options:
         options["reference"] = str(options["reference"])
+    ratio = options.pop("dense_ratio", 0.1)
+    check_number("dense_ratio", ratio, 0, 1)
+    check_measured(Job("", path, **options))
+    options["dense_ratio"] = ratio
     return Stage(ANTIDOTE, settings, tuple(files), None, options)
 
 

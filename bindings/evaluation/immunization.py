@@ -105,7 +105,8 @@ def read_grid(path: Path) -> Grid:
             check_number(name, one, 0, is_open=name not in ("phi", "margin", "seed"))
             if name not in ("learning_rates", "phi", "margin") and not isinstance(one, int):
                 raise HftcoreError(f"--grid {path}: {name} must be whole, got {one!r}")
-    return Grid(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    chosen: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
+    return Grid(**chosen)
 
 
 @dataclass(frozen=True)

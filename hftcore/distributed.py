@@ -5,7 +5,7 @@ histogram of 2,048 bins for each pass over a matrix or a model, and for rows cut
 A process that dies ends the others with an error, at the latest after the group's timeout, before anything is changed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -18,8 +18,8 @@ from hftcore import checks, ops
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels.reference import FINITE, keys, pack
 from hftcore.pattern import Pattern
-from hftcore.ranks import gather, reduce, together
-from hftcore.selection import Part, find_threshold, first_ties
+from hftcore.ranks import AT_ONCE, gather, reduce, together
+from hftcore.selection import Part, Threshold, find_threshold, first_ties
 
 Cutting = Literal["rows", "columns", "whole"]
 
@@ -104,17 +104,8 @@ def _group_masks(shards: Sequence[Shard], pattern: Pattern, group: Any) -> list[
     total = add(torch.tensor([sum(rows * columns for rows, columns in sizes)]), "sum")
     count, invert = pattern.low_count(int(total))
     found = find_threshold([shard.part for shard in counted], sizes, count, add)
-    if found.need in (0, found.ties):
-        columns = [shard.weight.shape[1] if found.need else 0 for shard in shards]
-        quotas = [
-            torch.full((len(shard.weight),), each, dtype=torch.int64)
-            for shard, each in zip(shards, columns, strict=True)
-        ]
-    else:
-        ties = [shard.part().call("tie_counts", found.key).cpu() for shard in shards]
-        quotas = _shared_out(ties, [shard.cut for shard in shards], found.need, group)
     masks = []
-    for shard, quota in zip(shards, quotas, strict=True):
+    for shard, quota in zip(shards, _quotas(shards, found, group), strict=True):
         rows, columns = shard.weight.shape
         mask = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=shard.weight.device)
         shard.part().call("cut", found.key, quota.to(mask.device), invert, mask)
@@ -122,26 +113,49 @@ def _group_masks(shards: Sequence[Shard], pattern: Pattern, group: Any) -> list[
     return masks
 
 
-def _shared_out(ties: Sequence[Tensor], cuts: Sequence[Cutting], need: int, group: Any) -> list[Tensor]:
-    """Of the ties of each matrix, counted by the rows of this process, how many are among the first `need` of all: [rows] each.
+def _quotas(shards: Sequence[Shard], found: Threshold, group: Any) -> Iterator[Tensor]:
+    """[rows] of each shard: how many of the ties in each of its rows are among the first `found.need` of all.
 
-    What has to be known of the others, their ties row by row where they hold the same rows, else their sum, travels in one round.
+    What has to be known of the others, their ties row by row where they hold the same rows, else their sum, travels for many
+    shards in one round.
     """
+    if found.need in (0, found.ties):
+        for shard in shards:
+            rows, columns = shard.weight.shape
+            yield torch.full((rows,), columns if found.need else 0, dtype=torch.int64)
+        return
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    told = [own if cut == "columns" else own.sum().view(1) for own, cut in zip(ties, cuts, strict=True)]
-    everyone = gather(torch.cat(told), group).split([len(part) for part in told], dim=1)
-    quotas = []
-    for own, cut, said in zip(ties, cuts, everyone, strict=True):
-        if cut == "columns":
-            # row-major order goes through the ranks once in every row
-            quotas.append(first_ties(said.t().flatten(), need).view(len(own), ranks)[:, rank])
-            total = int(said.sum())
-        else:
-            # every process holds all of what is whole
-            ahead, total = (0, int(said[rank])) if cut == "whole" else (int(said[:rank].sum()), int(said.sum()))
-            quotas.append(first_ties(own, max(0, need - ahead)))
-        need = max(0, need - total)
-    return quotas
+    need = found.need
+    for few in _by_room(shards, AT_ONCE // ranks):
+        ties = [shard.part().call("tie_counts", found.key).cpu() for shard in few]
+        told = [own if shard.cut == "columns" else own.sum().view(1) for own, shard in zip(ties, few, strict=True)]
+        everyone = gather(torch.cat(told), group).split([len(part) for part in told], dim=1)
+        for own, shard, said in zip(ties, few, everyone, strict=True):
+            if shard.cut == "columns":
+                # row-major order goes through the ranks once in every row
+                yield first_ties(said.t().flatten(), need).view(len(own), ranks)[:, rank]
+                total = int(said.sum())
+            else:
+                # every process holds all of what is whole
+                ahead, total = (
+                    (0, int(said[rank])) if shard.cut == "whole" else (int(said[:rank].sum()), int(said.sum()))
+                )
+                yield first_ties(own, max(0, need - ahead))
+            need = max(0, need - total)
+
+
+def _by_room(shards: Sequence[Shard], room: int) -> Iterator[list[Shard]]:
+    """The shards in turn, so many at a time that what a process tells of them is at most `room` numbers; the same on every process."""
+    few: list[Shard] = []
+    used = 0
+    for shard in shards:
+        size = len(shard.weight) if shard.cut == "columns" else 1
+        if few and used + size > room:
+            yield few
+            few, used = [], 0
+        few.append(shard)
+        used += size
+    yield few
 
 
 def _mask_of_cut_rows(shard: Shard, pattern: Pattern, group: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """The command line `hftcore-bench`. torch and the cases are imported when a command runs."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -289,6 +290,8 @@ def gpu(
 
 def main() -> None:
     """Run the command line; usage errors are one line on stderr and exit code 2."""
+    # so that a polite kill cleans up as Ctrl-C does: no work tree is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except KeyboardInterrupt:

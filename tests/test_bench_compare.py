@@ -1,14 +1,17 @@
 """Calls in other processes, and two commits side by side: answers come back, times are theirs, and nothing is left behind."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from hftcore.bench import measure, refs, tree
-from hftcore.bench.__main__ import app
+from hftcore.bench.__main__ import app, main
 from hftcore.bench.job import Job
 from hftcore.bench.refs import Row
 from hftcore.bench.worker import Remote, Worker, WorkerError
@@ -153,6 +156,27 @@ def test_an_interrupt_leaves_no_work_tree(checkout, tmp_path):
         pass
     assert len(git("worktree", "list").stdout.splitlines()) == 1
     assert not (scratch / "checkout0").exists()
+
+
+def test_a_terminated_command_cleans_up_and_ends_with_143(monkeypatch):
+    def terminated(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            cleaned.append(True)
+
+    cleaned = []
+    monkeypatch.setattr(refs, "compare", terminated)
+    monkeypatch.setattr("sys.argv", ["hftcore-bench", "compare", "HEAD~1"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert cleaned
 
 
 def test_a_commit_that_cannot_be_built_is_named(checkout, tmp_path):

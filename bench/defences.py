@@ -42,7 +42,7 @@ class Defence:
 
 _FULL = {
     "panacea": Defence("Panacea", "panacea", most=3.1),
-    "panacea lam=0": Defence("Panacea with lam=0", "panacea", {"lam": 0.0}, most=1.05),
+    "panacea lam=0": Defence("Panacea with lam=0", "panacea", {"lam": 0.0}, most=1.02),
     # 2 % of a hundred steps
     "panacea lam=0, the end": Defence("Panacea's perturbation", "panacea", {"lam": 0.0}, ending=True, most=2.0),
     "immunize": Defence("the immunization loss", "immunize", most=2.1),

@@ -79,8 +79,7 @@ def test_a_board_killed_in_the_middle_keeps_what_was_trained_and_measured(base, 
     monkeypatch.setattr(Scoreboard, "_train", killed)
     board = Scoreboard(base, data(), SUITE, SETTING, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        for cell in cells:
-            board.run(cell)
+        list(map(board.run, cells))
     done = json.loads((tmp_path / "out" / "scoreboard.json").read_text())["cells"]
     assert len(done) == 2, "the parts of SFT's cell"
     again = Scoreboard(base, data(), SUITE, SETTING, tmp_path / "out")

@@ -94,7 +94,9 @@ def displace(
     """
     for name, parameter in parameters.items():
         if is_sharded(parameter):
-            raise HftcoreError(f"{name} is a DTensor, and an edit holds whole weights; take a model that is not sharded")
+            raise HftcoreError(
+                f"{name} is a DTensor, and an edit holds whole weights; take a model that is not sharded"
+            )
         checks.floating(name, parameter)
         if parameter.dim() > 3:
             raise HftcoreError(f"{name} has {parameter.dim()} dimensions, an edit holds at most 3; leave it out")

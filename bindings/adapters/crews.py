@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -116,6 +117,7 @@ class _Worker:
 
 def _serve(connection: Connection, work: Work) -> None:
     """What a worker process does: say None when the workshop is open, then a line for each task, until nobody listens."""
+    sys.unraisablehook = _tell_all_but_interrupts
     signal.signal(signal.SIGINT, _interrupt_once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
@@ -135,3 +137,9 @@ def _interrupt_once(*_: Any) -> None:
     # the terminal and the parent both may send it, and what it started must not be interrupted
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _tell_all_but_interrupts(unraisable: Any) -> None:
+    # in a destructor an interrupt cannot be raised and is lost; the worker ends when it finds that nobody listens
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)

@@ -135,7 +135,7 @@ def ranks():
 
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without distributed")
 @pytest.mark.filterwarnings("ignore:what no token reached")
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     case=st.fixed_dictionaries(
         {

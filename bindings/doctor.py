@@ -34,7 +34,8 @@ def examine() -> dict[str, Any]:
     Returns:
         `python`, `platform`; `packages` name -> version or None; `devices` a list; `backends` name -> {device -> None,
         or why it does not serve that device}; `chosen` device -> backend; `simd` the native backend's instructions or
-        None; `backend_variable`; `embedded_model` whether the demo's model is here; `advice` a list of sentences.
+        None; `shares_threads` whether it runs on PyTorch's threads, or None; `backend_variable`; `embedded_model` whether
+        the demo's model is here; `advice` a list of sentences.
 
     >>> sorted(examine()["backends"])
     ['native', 'torch', 'triton']
@@ -64,6 +65,7 @@ def examine() -> dict[str, Any]:
         "backends": {name: {kind: why_not(name, kind) for kind in kinds} for name in BACKENDS},
         "chosen": chosen,
         "simd": _simd(),
+        "shares_threads": _shares_threads(),
         "backend_variable": os.environ.get("HFTCORE_BACKEND") or None,
         "embedded_model": embedded["present"],
         "advice": problems + advice,
@@ -82,7 +84,10 @@ def render(report: dict[str, Any]) -> str:
     for name, reasons in report["backends"].items():
         for kind, reason in reasons.items():
             lines.append(f"  {name} on {kind}: {'available' if reason is None else f'no: {reason}'}")
-    lines.append(f"  instruction set of the native backend: {report['simd'] or 'none'}")
+    threads = {True: "; PyTorch's threads", False: "; threads of its own, as PyTorch's are not GNU OpenMP's", None: ""}
+    lines.append(
+        f"  instruction set of the native backend: {report['simd'] or 'none'}{threads[report['shares_threads']]}"
+    )
     if report["backend_variable"]:
         lines.append(f"  HFTCORE_BACKEND={report['backend_variable']}")
     lines += ["", "Packages"]
@@ -124,6 +129,10 @@ def _simd() -> str | None:
         return None
     native = importlib.import_module("hftcore.kernels.native")
     return native.simd()
+
+
+def _shares_threads() -> bool | None:
+    return None if _simd() is None else importlib.import_module("hftcore.kernels.native").shares_threads()
 
 
 def _embedded() -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The native CPU ops give the bits of kernels/reference.py, on every instruction set this machine has."""
 
+import itertools
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -432,7 +434,7 @@ def test_column_energy_skips_tokens_that_are_not_kept(simd, dtype):
     assert native.column_energy(x, keep).tolist() == [40.0] * 3
 
 
-def test_thread_count_never_changes_a_result(simd):
+def test_neither_how_many_threads_nor_whose_they_are_changes_a_result(simd):
     M, N = 700, 1536
     weight = shifting_rows(M, N)
     weight[5] = 0.5
@@ -441,30 +443,50 @@ def test_thread_count_never_changes_a_result(simd):
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2, 5):
+        # there is work for five: more must leave at once
+        for threads, whose in itertools.product((1, 2, 5, 16), (nullcontext, native.use_own_threads)):
             torch.set_num_threads(threads)
-            pruned, grouped = weight.clone(), weight.clone()
-            native.prune_rows(pruned, norm, None, N // 2, False, None)
-            native.prune_groups(grouped, norm, None, 2, 4, False, None)
-            mask = poisoned_mask(M, N)
-            native.cut(weight, norm, None, 0x3F000000, quota, False, mask)
-            results.append(
-                [
-                    pruned,
-                    grouped,
-                    mask.int(),
-                    native.column_energy(x, None),
-                    native.score_histogram(weight, norm, None, 0x3F000000, 16, 128),
-                    native.block_scores(weight, norm, None, 7, 16),
-                    native.masked_take(weight, mask),
-                    torch.tensor(native.fingerprint(weight.view(torch.int32)) % 2**62),
-                ]
-            )
+            with whose():
+                pruned, grouped = weight.clone(), weight.clone()
+                native.prune_rows(pruned, norm, None, N // 2, False, None)
+                native.prune_groups(grouped, norm, None, 2, 4, False, None)
+                mask = poisoned_mask(M, N)
+                native.cut(weight, norm, None, 0x3F000000, quota, False, mask)
+                results.append(
+                    [
+                        pruned,
+                        grouped,
+                        mask.int(),
+                        native.column_energy(x, None),
+                        native.score_histogram(weight, norm, None, 0x3F000000, 16, 128),
+                        native.block_scores(weight, norm, None, 7, 16),
+                        native.masked_take(weight, mask),
+                        torch.tensor(native.fingerprint(weight.view(torch.int32)) % 2**62),
+                    ]
+                )
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert_same_bits(one, two)
+
+
+def test_a_fork_does_not_wait_for_threads_it_does_not_have():
+    code = """
+import os, signal, numpy, torch
+from hftcore.kernels import native
+torch.set_num_threads(2)
+weight, norm = torch.randn(1024, 1024), torch.ones(1024)
+native.prune_rows(weight, norm, None, 512, False, None)
+child = os.fork()
+signal.alarm(60)
+if not child:
+    native.prune_rows(weight, norm, None, 600, False, None)
+    os._exit(int(numpy.count_nonzero(weight.numpy()) != 1024 * 424))  # PyTorch would wait
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.stdout == "0\n", told.stderr
 
 
 @settings(deadline=None, max_examples=25)

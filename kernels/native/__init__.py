@@ -65,12 +65,27 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(built[0]))
         library.hftcore_run.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Job))
+        library.hftcore_use_team.argtypes = (ctypes.c_void_p,)
     except (OSError, AttributeError) as error:
         return None, f"the native library cannot be loaded ({error}); run `pip install` again"
     return library, ""
 
 
+def _pytorchs_team() -> int | None:
+    """The address of what starts PyTorch's threads; None where its OpenMP is not GNU's."""
+    try:
+        start = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # looks in the libraries that this one needs, too
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(start, ctypes.c_void_p).value
+
+
 _library, _reason = _load()
+_team = _pytorchs_team()
+if _library is not None:
+    _library.hftcore_use_team(_team)
+    # a fork has none of the team's threads, and would wait for them for ever
+    os.register_at_fork(after_in_child=lambda: _library.hftcore_use_team(None))
 _forced: str | None = None
 
 
@@ -115,6 +130,23 @@ def use_simd(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def shares_threads() -> bool:
+    """Whether the threads are PyTorch's, which costs least, and not threads of this library's own."""
+    return _library is not None and _team is not None
+
+
+@contextmanager
+def use_own_threads() -> Iterator[None]:
+    """Makes calls start threads of this library's own inside the block."""
+    if _library is not None:
+        _library.hftcore_use_team(None)
+    try:
+        yield
+    finally:
+        if _library is not None:
+            _library.hftcore_use_team(_team)
 
 
 def _call(op: str, job: _Job) -> None:

@@ -147,21 +147,39 @@ class Chunks {
 
 using Body = void (*)(const void* context, char* scratch, Chunks& chunks);
 
-// One parallel run: its work, and who is at it. A helper that is given a processor only after the work is done finds the crew closed
-// and never looks at it, so nobody waits for a thread that has not begun: PyTorch's own threads may be spinning on every core.
+// Calls part(context) on so many threads, this one among them, and waits for all: GOMP_parallel of GNU's OpenMP.
+using Team = void (*)(void (*part)(void*), void* context, unsigned threads, unsigned flags);
+
+// PyTorch's, or null where it has another kind. Its threads spin for milliseconds after each of PyTorch's ops, so that other threads
+// would have to share the processors with them.
+inline Team team = nullptr;
+
+// One parallel run: its work, and who is at it. Where there is no team, a helper that is given a processor only after the work is done
+// finds the crew closed and never looks at it, so nobody waits for a thread that has not begun.
 class Crew {
  public:
-  Crew(Body body, const void* context, int64_t items, int64_t chunk, int64_t scratch, char* memory)
-      : body_(body), context_(context), scratch_(scratch), memory_(memory), chunks_(items, chunk), inside_(0), places_(0) {}
+  Crew(Body body, const void* context, int64_t items, int64_t chunk, int64_t workers, int64_t scratch, char* memory)
+      : body_(body),
+        context_(context),
+        workers_(workers),
+        scratch_(scratch),
+        memory_(memory),
+        chunks_(items, chunk),
+        inside_(0),
+        places_(0) {}
   ~Crew() { std::free(memory_); }
   Crew(const Crew&) = delete;
   Crew& operator=(const Crew&) = delete;
 
   void work() {
+    int64_t place = places_.fetch_add(1);
+    if (place >= workers_) return;
     DefaultFloats floats;
     char* aligned = memory_ + (64 - reinterpret_cast<uintptr_t>(memory_) % 64) % 64;
-    body_(context_, aligned + places_.fetch_add(1) * scratch_, chunks_);
+    body_(context_, aligned + place * scratch_, chunks_);
   }
+
+  static void work_at(void* crew) { static_cast<Crew*>(crew)->work(); }
 
   void help() {
     int64_t inside = inside_.load();
@@ -185,7 +203,7 @@ class Crew {
   static constexpr int64_t CLOSED = INT64_MIN / 2;
   Body body_;
   const void* context_;
-  int64_t scratch_;
+  int64_t workers_, scratch_;
   char* memory_;
   Chunks chunks_;
   std::atomic<int64_t> inside_, places_;
@@ -211,10 +229,15 @@ inline bool parallel(int64_t items, int64_t size, int64_t unit, int64_t threads,
   if (!memory) return false;
   std::shared_ptr<Crew> crew;
   try {
-    crew = std::make_shared<Crew>(body, context, items, chunk, scratch, memory);
+    crew = std::make_shared<Crew>(body, context, items, chunk, workers, scratch, memory);
   } catch (const std::bad_alloc&) {
     std::free(memory);
     return false;
+  }
+  if (team && workers > 1) {
+    // all of them, though fewer may be needed: OpenMP ends the threads that a smaller team leaves out
+    team(Crew::work_at, crew.get(), unsigned(threads), 0);
+    return true;
   }
   struct Helper {
     std::shared_ptr<Crew> crew;

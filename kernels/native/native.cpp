@@ -122,6 +122,9 @@ int hftcore_best_simd() {
 #endif
 }
 
+// From now on work is shared by this team's threads, or where it is null by threads of our own.
+void hftcore_use_team(hftcore::Team team) { hftcore::team = team; }
+
 // 0, or 1 when memory could not be had (nothing was changed), or 2 for an unknown op
 int hftcore_run(int simd, int op, const hftcore::Job* job) {
   if (op < 0 || op > hftcore::GHOST_NORMS || simd < 0 || simd > hftcore_best_simd()) return 2;

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import peft
@@ -405,6 +406,31 @@ def test_processes_give_the_same_results_and_one_that_dies_costs_one_adapter(wor
         if task.name != lost["name"]:
             assert contents(tmp_path / "out" / task.name) == contents(tmp_path / "alone" / task.name[:-2]), task.name
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("doomed", [1, 2])
+def test_a_worker_that_dies_while_it_loads_leaves_the_work_to_the_others_if_there_are_any(world, tmp_path, doomed):
+    def kill():
+        while len(children := multiprocessing.active_children()) < 2:
+            time.sleep(0.01)
+        for child in children[:doomed]:
+            child.kill()
+
+    job = Job(str(world / "base"), tmp_path / "out", world / "data.jsonl", device="cpu")
+    tasks = [Task(name, world / "plain" / "f", {}) for name in "abcd"]
+    lines = []
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with (
+        nullcontext() if doomed == 1 else pytest.raises(HftcoreError, match="while it loaded the base model; use fewer")
+    ):
+        lines += processes(Work(job, 0.1, threads=1), tasks, 2)
+    killer.join()
+    assert not multiprocessing.active_children()
+    if doomed == 1:
+        assert sorted(line["status"] for line in lines) == ["failed", "repaired", "repaired", "repaired"]
+        (lost,) = [line for line in lines if line["status"] == "failed"]
+        assert "exit code -9 (out of memory?) while it loaded" in lost["error"]
 
 
 def test_workers_tell_what_is_wrong_with_the_base(world, tmp_path):

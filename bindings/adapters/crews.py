@@ -4,9 +4,9 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -31,32 +31,34 @@ def alone(work: Work, tasks: Iterable[Task]) -> Iterator[Line]:
 def processes(work: Work, tasks: Iterable[Task], workers: int) -> Iterator[Line]:
     """Repair the adapters in so many processes, each with the base model in its memory; yields lines as they come.
 
-    A worker that dies fails the adapter it had, and another one takes its place. When the caller stops, workers are
-    interrupted as by Ctrl-C.
+    A worker that dies fails the adapter it had, and another one takes its place, unless it died while it loaded the base
+    model: then those that are left go on. When the caller stops, workers are interrupted as by Ctrl-C.
 
     Raises:
-        HftcoreError: the base model or the data cannot be read, or a worker dies while it reads them.
+        HftcoreError: the base model or the data cannot be read, or the last worker dies while it loads the base model.
     """
-    left = iter(tasks)
+    left = deque(tasks)
     crew: list[_Worker] = []
     dismissed: list[_Worker] = []
     try:
-        for task in islice(left, workers):
-            crew.append(_Worker(work, task))
+        for _ in range(min(workers, len(left))):
+            crew.append(_Worker(work, left.popleft()))
         while crew:
             ready = wait([worker.connection for worker in crew])
             for worker in [worker for worker in crew if worker.connection in ready]:
                 line = worker.hear()
                 if line is None:
                     continue
-                following = next(left, None)
-                if following is not None and worker.lives:
-                    worker.give(following)
+                if worker.lives and left:
+                    worker.give(left.popleft())
                 else:
                     crew.remove(worker)
                     worker.connection.close()
                     dismissed.append(worker)
-                    crew += [_Worker(work, following)] if following is not None else []
+                    if left and worker.is_open:
+                        crew.append(_Worker(work, left.popleft()))
+                    if not crew and (left or not any(one.is_open for one in dismissed)):
+                        raise HftcoreError(line["error"])
                 yield line
     finally:
         for worker in crew:
@@ -94,10 +96,10 @@ class _Worker:
         except (EOFError, ConnectionResetError):
             self.process.join()
             self.lives = False
-            died = f"worker died with exit code {self.process.exitcode} (out of memory?)"
-            if not self.is_open:
-                raise HftcoreError(f"a {died} while it loaded the base model; use fewer --workers") from None
-            return failed(self.task.name, f"its {died}")
+            died = f"its worker died with exit code {self.process.exitcode} (out of memory?)"
+            return failed(
+                self.task.name, died if self.is_open else f"{died} while it loaded the base model; use fewer --workers"
+            )
         if isinstance(said, HftcoreError):
             raise said
         self.is_open = True

@@ -60,12 +60,15 @@ def list_cases() -> None:
 
 @app.command("run")
 def run_cases(quick: Quick = False, case: Cases = None, shape: Shapes = None, out: OutFile = None) -> None:
-    """Measure the cases on the CPU, and print the report. `--quick` takes under five minutes on two cores, all under an hour."""
+    """Measure the cases on the CPU, and print the report. `--quick` takes under five minutes on two cores, all under an hour.
+
+    A run of everything ends with the instruction counts.
+    """
     import tempfile
 
     import torch
 
-    from hftcore.bench import results
+    from hftcore.bench import instructions, results
     from hftcore.bench.measure import Effort, chosen, run
     from hftcore.bench.report import report
 
@@ -78,6 +81,9 @@ def run_cases(quick: Quick = False, case: Cases = None, shape: Shapes = None, ou
         effort = Effort(rounds=3, budget_s=0.5) if quick else Effort()
         try:
             complete = run(wanted, device, effort, lambda measured: results.append(file, measured, facts), _say)
+            if not (quick or case or shape):
+                _say("counting instructions")
+                results.append(file, instructions.measured(), facts)
         finally:  # of an interrupted run too
             if file.exists():
                 typer.echo(report(results.load(file), file.name))
@@ -249,21 +255,22 @@ def kills(
             typer.echo(f"{pattern}: " + ", ".join(f"{number} {what}" for what, number in found.items()))
 
 
-@app.command()
-def instructions() -> None:
-    """Count the instructions of the native kernels under callgrind, which no neighbour disturbs; takes a minute or two."""
-    from hftcore.bench.instructions import COLUMNS, ROWS, count
-    from hftcore.bench.report import table
+@app.command("instructions")
+def count_instructions(out: OutFile = None) -> None:
+    """Count the instructions of the native kernels under callgrind, which no neighbour disturbs; takes two minutes or three."""
+    import tempfile
 
-    with _refusals():
-        counts = count()
-    typer.echo(f"Instructions a weight, AVX2 code, one thread, {ROWS} x {COLUMNS}:\n")
-    typer.echo(
-        table(
-            ["op", *next(iter(counts.values()))],
-            [[op, *(f"{n:.2f}" for n in of.values())] for op, of in counts.items()],
-        )
-    )
+    import torch
+
+    from hftcore.bench import instructions, results
+    from hftcore.bench.report import report
+
+    with tempfile.TemporaryDirectory() as folder, _refusals():
+        file = out or Path(folder) / "this run"
+        facts = results.run_facts(torch.device("cpu"))
+        results.require_same_machine(file, facts)
+        results.append(file, instructions.measured(), facts)
+        typer.echo(report(results.load(file), file.name))
 
 
 @app.command()

@@ -6,6 +6,7 @@ from typing import Any
 
 from hftcore.bench.cases import CASES, in_order
 from hftcore.bench.ceiling import share
+from hftcore.bench.instructions import CASE, COLUMNS, ROWS
 from hftcore.bench.measure import OURS
 from hftcore.bench.scaling import SWEEPS, bend, exponent
 from hftcore.bench.targets import ELSEWHERE, TARGETS, Target
@@ -37,6 +38,7 @@ def report(lines: Lines, source: str, plots: Sequence[tuple[str, str]] = ()) -> 
     scaling = _scaling(lines)
     if scaling:
         parts += ["## Scaling", SCALING, table(["op", "against", "from", "to", "exponent", "path changes"], scaling)]
+    parts += ["## Instructions", _instructions([line for line in lines if line["case"] == CASE])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -44,6 +46,13 @@ MISSING = "not measured"
 SCALING = (
     "Cost against one size while the others stay; the exponent is the slope of a straight line through the logarithms (1: in proportion). "
     "A path changes where two lines fit far better than one."
+)
+
+
+COUNTED = (
+    "Instructions an element of the input, by {variant} on one thread, [{rows}, {columns}] weights: a number that no neighbour and no "
+    "clock disturbs, so that a change of one per cent is a change of the code. It says nothing of memory, nor of the AVX-512 code, "
+    "which valgrind cannot run."
 )
 
 
@@ -167,6 +176,25 @@ def _left_out(lines: Lines) -> list[str]:
             reasons.setdefault((line["variant"], line["reason"]), []).append(f"{line['shape']} {line['dtype']}")
     listed = [f"- {variant} ({', '.join(where)}): {reason}" for (variant, reason), where in reasons.items()]
     return ["Left out:\n" + "\n".join(listed)] if listed else []
+
+
+def _instructions(lines: Lines) -> str:
+    counts: dict[str, dict[str, dict[str, Any]]] = {}
+    for line in lines:
+        if line["kind"] == "counted":
+            counts.setdefault(line["shape"], {})[line["dtype"]] = line
+    if not counts:
+        why = lines[-1]["reason"] if lines else "`hftcore-bench instructions --out FILE` adds them"
+        return f"Not counted in this file: {why}."
+    dtypes = list(dict.fromkeys(dtype for of in counts.values() for dtype in of))
+    rows = [
+        [op, *(f"{of[dtype]['instructions']:.2f}" if dtype in of else "–" for dtype in dtypes)]
+        for op, of in counts.items()
+    ]
+    first = next(iter(next(iter(counts.values())).values()))
+    return "\n\n".join(
+        [COUNTED.format(variant=first["variant"], rows=ROWS, columns=COLUMNS), table(["op", *dtypes], rows)]
+    )
 
 
 def _scaling(lines: Lines) -> list[list[str]]:

@@ -24,11 +24,12 @@ class Measurement:
 
     Fields:
         size: as of `job.shape_of`.
-        kind: "ours", "peer", "ceiling"; or "missing", a peer that could not run, for the `reason`, and has no times.
+        kind: "ours", "peer", "ceiling"; or "missing", what could not run, for the `reason`, and "counted", which have no times.
         times_ms: by round; round i of all variants of a case ran together.
         bytes_moved, products: what an ideal kernel moves and multiplies for this case, or None.
         extra_bytes: peak memory above the start, or None where it is not known.
         canary: slowdown of a fixed computation timed along; neighbours: cores other processes kept busy, or None.
+        instructions: for each element of the input, of what is "counted".
     """
 
     case: str
@@ -51,6 +52,7 @@ class Measurement:
     neighbours: float | None
     noisy: bool
     reason: str | None = None
+    instructions: float | None = None
 
 
 def append(path: Path, measurements: Iterable[Measurement], facts: dict[str, Any]) -> None:
@@ -79,8 +81,8 @@ def load(path: Path) -> list[dict[str, Any]]:
             where, kind = tuple(str(one[key]) for key in ("case", "shape", "dtype")), one["kind"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} of {path.name} is not a measurement of hftcore-bench: {error}") from None
-        # every run of a case begins with our own line
-        newest[where] = [one] if kind == "ours" else [*newest.get(where, []), one]
+        # every run of a case begins with our own line, and a count is all of its run
+        newest[where] = [one] if kind in ("ours", "counted") else [*newest.get(where, []), one]
     lines = [one for run in newest.values() for one in run]
     machines = {json.dumps(one.get("machine"), sort_keys=True) for one in lines}
     if len(machines) > 1:

@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,16 +52,27 @@ def _threaded(value: float, dtype: torch.dtype, device: torch.device) -> Job:
     original, energy = matrix("2048x4096", dtype, device)
     weight = original.clone()
     pattern = Pattern("50%")
-    usual = torch.get_num_threads()
 
     def ours() -> torch.Tensor:
-        torch.set_num_threads(int(value))
-        try:
+        with _threads(int(value)):
             return ops.prune_(weight, energy, pattern)
-        finally:
-            torch.set_num_threads(usual)
 
-    return Job(ours, {}, lambda: weight.copy_(original), torch.equal, ceilings=ceilings(weight, original))
+    def restore() -> None:
+        # with as many, for what changes their number starts or ends threads
+        with _threads(int(value)):
+            weight.copy_(original)
+
+    return Job(ours, {}, restore, torch.equal, ceilings=ceilings(weight, original))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 SWEEPS: dict[str, Sweep] = {

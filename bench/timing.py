@@ -137,10 +137,27 @@ class Canary:
 
 
 class Neighbours:
-    """CPU time of other processes since it was made, from /proc/stat; the canary's second witness, good over long spans only."""
+    """CPU time of other processes since it was made, from /proc/stat; the canary's second witness, good over long spans only.
+
+    What this process started is not another: peers that are packages are timed there.
+    """
 
     def __init__(self) -> None:
-        self._start = time.monotonic(), self._busy(), time.process_time()
+        self._start = time.monotonic(), self._busy(), self._own()
+
+    @staticmethod
+    def _own() -> float:
+        """CPU seconds of this process, its threads, and all that it started."""
+        ended = os.times()
+        spent = time.process_time() + ended.children_user + ended.children_system
+        running = _processes()
+        family = [os.getpid()]
+        for parent in family:
+            for number, (its_parent, ticks) in running.items():
+                if its_parent == parent:
+                    family.append(number)
+                    spent += ticks / os.sysconf("SC_CLK_TCK")
+        return spent
 
     @staticmethod
     def _busy() -> float | None:
@@ -156,8 +173,20 @@ class Neighbours:
         now = self._busy()
         if busy is None or now is None:
             return None
-        spent = now - busy - (time.process_time() - own)
+        spent = now - busy - (self._own() - own)
         return max(0.0, spent / max(1e-9, time.monotonic() - wall))
+
+
+def _processes() -> dict[int, tuple[int, int]]:
+    """Process -> its parent, and its CPU time and that of its ended children in clock ticks; empty where the system does not tell."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()  # from the third on: the name may hold anything
+        except OSError:  # it ended just now
+            continue
+        found[int(file.parent.name)] = int(fields[1]), sum(map(int, fields[11:15]))
+    return found
 
 
 def is_noisy(canary: float, neighbours: float | None) -> bool:

@@ -1,6 +1,7 @@
 """Calls in another process, which times them itself: another commit of hftcore, or a package in an environment of its own.
 
-The two talk in JSON lines; the other process does nothing between requests, so the two never compete for the cores.
+The two talk in JSON lines; the other process does nothing between requests, and before and after it is timed both rest until their
+threads sleep, so the two never compete for the cores.
 """
 
 import json
@@ -9,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +23,7 @@ from hftcore.bench.memory import extra_bytes
 from hftcore.bench.timing import Clock
 
 PATIENCE_S = 10  # for a process to end by itself once its input is closed
+REST_S = 0.02  # PyTorch's threads spin for some 4 ms after their last work, longer where a pause takes more cycles
 
 
 class WorkerError(Exception):
@@ -127,7 +130,11 @@ class Remote:
         Args:
             steady_ms: call again until so much time was taken, and give the median.
         """
-        return self._worker().ask("time", job=self._job, steady_ms=steady_ms)["ms"]
+        worker = self._worker()
+        time.sleep(REST_S)
+        taken = worker.ask("time", job=self._job, steady_ms=steady_ms)["ms"]
+        time.sleep(REST_S)
+        return taken
 
     def extra_bytes(self) -> int | None:
         """As `memory.extra_bytes`, of that process."""

@@ -10,11 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hftcore.bench import measure, refs, tree
+from hftcore.bench import measure, refs, timing, tree
 from hftcore.bench.__main__ import app, main
 from hftcore.bench.job import Job
 from hftcore.bench.refs import Row
-from hftcore.bench.worker import Remote, Worker, WorkerError
+from hftcore.bench.worker import REST_S, Remote, Worker, WorkerError
 from hftcore.errors import HftcoreError
 
 SERVICE = """
@@ -70,6 +70,33 @@ def test_a_worker_answers_and_times_its_own_calls(worker):
     first.close()
     with pytest.raises(WorkerError, match="KeyError"):
         worker.ask("time", job="first", steady_ms=0)
+
+
+def test_threads_that_spin_after_their_work_rest_before_another_process_is_timed(monkeypatch):
+    happened = []
+
+    class Recorder:
+        def ask(self, do, **details):
+            happened.append(do)
+            return {"ms": 1.0}
+
+    monkeypatch.setattr("hftcore.bench.worker.time.sleep", happened.append)
+    assert Remote(Recorder, "any").time() == 1.0
+    assert happened == ["prepare", REST_S, "time", REST_S]
+
+
+def test_what_this_process_started_is_no_neighbour():
+    """While it runs and after it ended: a peer of another process must not make its own times noisy."""
+    if timing.Neighbours().cores() is None:
+        pytest.skip("the system does not tell")
+    code = "import time\nwhile time.process_time() < 0.4: pass\nprint(flush=True)\ninput()"
+    before = timing.Neighbours._own()
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        running = timing.Neighbours._own()
+        child.communicate(b"\n")
+    assert running - before >= 0.35
+    assert timing.Neighbours._own() >= running - 0.05
 
 
 def test_what_a_worker_cannot_do_is_told_and_the_next_request_served(start):

@@ -243,6 +243,16 @@ def test_threads_are_as_before_after_the_curve_of_threads():
     assert torch.get_num_threads() == usual
 
 
+def test_the_inputs_of_the_curve_of_threads_are_restored_by_as_many(monkeypatch):
+    """What changes their number starts or ends threads, which must not be timed."""
+    counts = []
+    usual = torch.get_num_threads()
+    job = SWEEPS["prune_rows by threads"].job(1.0, torch.float32, CPU)
+    monkeypatch.setattr(scaling.torch, "set_num_threads", counts.append)
+    job.restore()
+    assert counts == [1, usual]
+
+
 def test_a_shape_may_say_its_sizes():
     assert shape_of("3x5x7", torch.float32) == (3, 5, 7)
 

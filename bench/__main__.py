@@ -207,8 +207,8 @@ def peers(
     from hftcore.bench import packages
 
     with _refusals():
-        for one in name or packages.PACKAGES:
-            if install:
+        for one in name or [*packages.PACKAGES, *packages.LEFT_OUT]:
+            if install and (name or one in packages.PACKAGES):
                 packages.install(one, _say)
             typer.echo(f"{one}: {packages.why_not(one) or 'ready'}")
 

@@ -44,6 +44,11 @@ PACKAGES = {
     "opacus": Package("opacus==1.6.0", "opacus"),
     "llmcompressor": Package("llmcompressor>=0.7", "llmcompressor"),
 }
+# what nobody installs by a command of ours, and why
+LEFT_OUT = {
+    "safetune": "not compared: its licence (LSAL 1.2, section 1A) has organizations ask its authors before they benchmark with it; "
+    "it would also need Python 3.12 and a PyTorch of its own",
+}
 OPACUS = {"Opacus ghost clipping": "ghost", "Opacus fast gradient clipping": "fast", "Opacus hooks": "hooks"}
 
 
@@ -60,6 +65,8 @@ def python_of(name: str) -> Path:
 
 def why_not(name: str) -> str | None:
     """Why a package cannot be compared with; None if it can."""
+    if name in LEFT_OUT:
+        return LEFT_OUT[name]
     reason = folder() / name / "reason"
     if reason.is_file():
         return reason.read_text(encoding="utf-8").strip()
@@ -73,8 +80,10 @@ def install(name: str, say: Callable[[str], None]) -> bool:
         whether it can be used.
 
     Raises:
-        HftcoreError: no package of this name.
+        HftcoreError: no package of this name, or one that is left out.
     """
+    if name in LEFT_OUT:
+        raise HftcoreError(f"{name}: {LEFT_OUT[name]}")
     if name not in PACKAGES:
         raise HftcoreError(f"a peer must be one of {', '.join(PACKAGES)}, got {name!r}")
     place = folder() / name
@@ -139,6 +148,11 @@ def opacus_peers(model: "PreTrainedModel", ids: Tensor) -> Peers:
 def llmcompressor_peers(model: "PreTrainedModel", ids: Tensor) -> Peers:
     """llm-compressor's Wanda, 50 % of every row, block by block; as `opacus_peers`."""
     return _peers("llmcompressor", {"llm-compressor Wanda": ""}, model, ids)
+
+
+def safetune_peers(_model: "PreTrainedModel", _ids: Tensor) -> Peers:
+    """SafeTune's Antidote, which is left out; as `opacus_peers`."""
+    return {}, {"SafeTune's Antidote": LEFT_OUT["safetune"]}, nothing
 
 
 def _peers(name: str, ways: dict[str, str], model: "PreTrainedModel", ids: Tensor) -> Peers:

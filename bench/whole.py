@@ -16,7 +16,7 @@ from hftcore.bench import peers
 from hftcore.bench.ceiling import OP
 from hftcore.bench.job import Job, shape_of
 from hftcore.bench.models import LARGE, model_of, tokens_of
-from hftcore.bench.packages import Peers, llmcompressor_peers, nothing
+from hftcore.bench.packages import Peers, llmcompressor_peers, nothing, safetune_peers
 from hftcore.layers import find_layers
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ BARE = "bare kernel calls"
 PLAIN = "one plain pass"
 DENSE_RATIO = 0.1
 BATCH = 8
+TOO_MUCH = "sits out, for its time or memory"
 CALLS = 20
 ROUNDS = 60  # short and many, so that both sides of a pair see the same moment
 Batches = list[dict[str, Tensor]]
@@ -160,6 +161,7 @@ JOBS: dict[str, ModelJob] = {
         "hftcore.antidote",
         _antidote,
         lambda model, batches: _published_prune(model, batches, 1 - DENSE_RATIO, lowest=False),
+        package=safetune_peers,
     ),
     "wanda": ModelJob(
         "hftcore.calibrate and hftcore.prune, 50 % of every row",
@@ -192,7 +194,9 @@ def model_job(job: ModelJob) -> Callable[[str, torch.dtype, torch.device], Job]:
         # a second copy of a large model would not fit, so only energies can be compared there
         is_restored = job.changes and shape not in ("smollm2", *LARGE)
         is_compared = shape in job.shapes and (is_restored or not job.changes)
-        packages, missing, close = job.package(model, ids) if job.package and is_restored else ({}, {}, nothing)
+        packages, missing, close = job.package(model, ids) if job.package else ({}, {}, nothing)
+        if not is_restored:
+            packages, missing = {}, dict.fromkeys(packages, TOO_MUCH) | missing
         layers = find_layers(model) if is_restored else []
         original = {layer.name: layer.weight.clone() for layer in layers}
         edits: list[hftcore.Edit] = []
@@ -231,7 +235,7 @@ def model_job(job: ModelJob) -> Callable[[str, torch.dtype, torch.device], Job]:
             restore,
             agrees,
             answer=answer,
-            missing=({} if is_compared else {"published way": "sits out, for its time or memory"}) | missing,
+            missing=({} if is_compared else {"published way": TOO_MUCH}) | missing,
             close=close,
             ceilings={PLAIN: plain},
             rounds=2 if device.type == "cpu" else 5,

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from hftcore.bench import measure, packages, plots, results, scaling, timing
+from hftcore.bench import measure, packages, plots, results, scaling, timing, whole
 from hftcore.bench.__main__ import app
-from hftcore.bench.cases import in_order
+from hftcore.bench.cases import CASES, in_order
 from hftcore.bench.ceiling import IN_PLACE, MATMUL, READ, SIDE, share
 from hftcore.bench.job import Job, shape_of
+from hftcore.bench.models import model_of
 from hftcore.bench.report import report
 from hftcore.bench.scaling import SWEEPS, Bend, Sweep, bend, exponent
 from hftcore.bench.steps import PLAIN_STEP
@@ -316,6 +317,30 @@ def test_a_package_that_is_not_there_says_how_to_get_it(cache):
     done = CliRunner().invoke(app, ["peers"])
     assert done.exit_code == 0
     assert "opacus: not installed; run hftcore-bench peers --install" in done.output
+    assert "safetune: not compared: its licence" in done.output
+
+
+def test_a_package_that_is_left_out_is_never_installed_and_stands_in_the_table_with_its_reason(cache, monkeypatch):
+    installed = []
+    monkeypatch.setattr(packages.venv, "create", lambda *_, **__: pytest.fail("made"))
+    done = CliRunner().invoke(app, ["peers", "--install", "--name", "safetune"])
+    assert done.exit_code == 1
+    assert "error: safetune: not compared: its licence" in done.output
+    monkeypatch.setattr(packages, "install", lambda name, say: installed.append(name))
+    assert CliRunner().invoke(app, ["peers", "--install"]).exit_code == 0
+    assert installed == list(packages.PACKAGES)
+    job = CASES["antidote"].prepare("tiny-llama", torch.float32, CPU)
+    assert job.missing == {"SafeTune's Antidote": packages.LEFT_OUT["safetune"]}
+    assert "published way" in job.peers
+
+
+@pytest.mark.parametrize(("shape", "sits_out"), [("smollm2-short", set()), ("smollm2", {"llm-compressor Wanda"})])
+def test_packages_sit_out_where_no_second_copy_would_fit(cache, monkeypatch, shape, sits_out):
+    monkeypatch.setattr(whole, "model_of", lambda *_: model_of("tiny-llama", torch.float32, CPU))
+    monkeypatch.setattr(packages, "why_not", lambda name: None)
+    job = CASES["wanda block by block"].prepare(shape, torch.float32, CPU)
+    assert job.missing == dict.fromkeys({"published way"} | sits_out, whole.TOO_MUCH)
+    assert set(job.peers) == {"llm-compressor Wanda"} - sits_out
 
 
 def test_an_installation_that_fails_leaves_its_reason(cache, monkeypatch):

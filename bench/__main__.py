@@ -99,7 +99,10 @@ def scale(
     ] = None,
     out: OutFile = None,
 ) -> None:
-    """Measure cost against rows, columns, tokens, samples, sparsity and threads on the CPU, and print exponents."""
+    """Measure cost against rows, columns, tokens, samples, layers, sparsity and threads on the CPU, and print exponents; a few minutes.
+
+    The curves against several processes are those of `hftcore-bench ranks`.
+    """
     import tempfile
 
     import torch
@@ -222,20 +225,22 @@ def ranks(
     out: Annotated[Path | None, typer.Option(help="JSON Lines file; what was found is added to it.")] = None,
 ) -> None:
     """Measure what several processes gain in calibration and what exact selection pays for being shared; some three minutes."""
-    import json
+    import torch
 
     from hftcore.bench import ranks as several
+    from hftcore.bench import results
+    from hftcore.bench.scaling import SIZES
 
     found = []
     with _refusals():
+        facts = results.run_facts(torch.device("cpu"))
+        if out is not None:
+            results.require_same_machine(out, facts)
         for number in count or several.RANKS:
-            found.append(
-                several.measure(number, several.SIZES[:1] if quick else several.SIZES, 1 if quick else 5, number > 1)
-            )
+            found.append(several.measure(number, SIZES[:1] if quick else SIZES, 1 if quick else 5, calibrates=True))
             _say(f"{number}: done")
             if out is not None:
-                with out.open("a", encoding="utf-8") as lines:
-                    print(json.dumps(found[-1]), file=lines)
+                results.append(out, several.lines(found[-1]), facts)
         typer.echo(several.tables(found))
 
 

@@ -66,11 +66,12 @@ QWEN3_MOE: dict[str, Any] = {
 LARGE = ("llama-3-8b", "qwen3-moe")
 
 
-def model_of(shape: str, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+def model_of(shape: str, dtype: torch.dtype, device: torch.device, layers: int | None = None) -> "PreTrainedModel":
     """The model a shape is named after, in evaluation mode on the device.
 
     Args:
         shape: a name out of `job.SHAPES`; what follows a blank is not the model's.
+        layers: so many instead of its own, of the Llamas.
 
     Raises:
         UnavailableError: the embedded model is not installed, or a large one is asked for without a GPU.
@@ -85,6 +86,8 @@ def model_of(shape: str, dtype: torch.dtype, device: torch.device) -> "PreTraine
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
     config = Qwen3MoeConfig(**QWEN3_MOE) if name == "qwen3-moe" else LlamaConfig(**LLAMAS[name])
+    if layers is not None:
+        config.num_hidden_layers = layers
     torch.manual_seed(0)
     with device:  # initialised where it will run: a large one would take minutes on the CPU
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hftcore.bench.cases import in_order
 from hftcore.bench.ceiling import share
 from hftcore.bench.measure import OURS
-from hftcore.bench.scaling import SWEEPS, bend, exponent
+from hftcore.bench.scaling import bend, curves, exponent
 from hftcore.bench.timing import paired_ratio
 from hftcore.errors import HftcoreError
 
@@ -82,10 +82,11 @@ def _of_case(lines: Lines, ours: dict[str, Any]) -> Callable[[str], dict[str, An
 
 def _ours(lines: Lines) -> Lines:
     # the tiny shapes are for tests, and dispatch is not about rates
+    scaled = curves()
     return [
         line
         for line in lines
-        if line["variant"] == OURS and not line["shape"].startswith(("tiny", "dispatch")) and line["case"] not in SWEEPS
+        if line["variant"] == OURS and not line["shape"].startswith(("tiny", "dispatch")) and line["case"] not in scaled
     ]
 
 
@@ -159,16 +160,17 @@ def _memory(lines: Lines) -> Any:
 
 
 def _scaling(lines: Lines) -> Any:
-    curves = {name: [line for line in lines if line["case"] == name] for name in SWEEPS}
-    curves = {
-        name: sorted(found, key=lambda line: float(line["shape"])) for name, found in curves.items() if len(found) > 1
+    known = curves()
+    ours = {name: [line for line in lines if line["case"] == name and line["kind"] == "ours"] for name in known}
+    drawn = {
+        name: sorted(found, key=lambda line: float(line["shape"])) for name, found in ours.items() if len(found) > 1
     }
-    if not curves:
+    if not drawn:
         return None
-    rows = -(-len(curves) // 3)
+    rows = -(-len(drawn) // 3)
     figure = _figure(10, 0.6 + 2.5 * rows)
     grid = figure.subplots(rows, 3, squeeze=False).flat
-    for (name, found), axes in zip(curves.items(), grid, strict=False):
+    for (name, found), axes in zip(drawn.items(), grid, strict=False):
         xs, ys = [float(line["shape"]) for line in found], [line["median_ms"] for line in found]
         axes.fill_between(
             xs, [line["p20_ms"] for line in found], [line["p80_ms"] for line in found], color=GREY, alpha=0.5
@@ -181,8 +183,8 @@ def _scaling(lines: Lines) -> Any:
             fitted = f"exponent {change.before:.2f}, then {change.after:.2f}"
         else:
             fitted = f"exponent {exponent(points):.2f}"
-        axes.set_title(f"{SWEEPS[name].about}\n{fitted}", fontsize=8)
-        axes.set_xlabel(SWEEPS[name].axis, fontsize=7)
+        axes.set_title(f"{known[name].about}\n{fitted}", fontsize=8)
+        axes.set_xlabel(known[name].axis, fontsize=7)
         axes.set_ylabel("ms", fontsize=7)
         axes.tick_params(labelsize=6, which="both")
         axes.grid(alpha=0.3)

@@ -20,16 +20,17 @@ import torch
 import torch.distributed as dist
 
 import hftcore
+from hftcore.backend import backend_for
+from hftcore.bench.measure import OURS, timed
 from hftcore.bench.models import model_of
 from hftcore.bench.report import table
-from hftcore.bench.timing import paired_ratio
+from hftcore.bench.results import Measurement
+from hftcore.bench.scaling import ALONE, CALIBRATED, ONE, PATTERNS, SIDE, selected
+from hftcore.bench.timing import Neighbours, is_noisy, paired_ratio
 from hftcore.distributed import Shard, sharded_masks
 from hftcore.errors import HftcoreError
 from hftcore.ranks import reduce
 
-SIDE = 4096  # rows and columns of each matrix that is selected on
-SIZES = (1, 4, 16, 64)  # so many of them: 17 million to 1.07 billion weights
-PATTERNS = ("0.5 row", "0.5 model")
 RANKS = (1, 2, 4)
 BATCHES, SAMPLES, TOKENS = 8, 2, 128
 
@@ -39,7 +40,7 @@ def measure(count: int, sizes: Sequence[int], rounds: int, calibrates: bool) -> 
 
     Returns:
         {"ranks", "round_us": of a small all-reduce, "calibration": times by round, "selection": one dict for each size
-        and pattern}.
+        and pattern, "neighbours": cores that other processes kept busy}.
 
     Raises:
         HftcoreError: a process failed, with its last words.
@@ -48,6 +49,7 @@ def measure(count: int, sizes: Sequence[int], rounds: int, calibrates: bool) -> 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     order = json.dumps({"count": count, "port": port, "sizes": list(sizes), "rounds": rounds, "calibrates": calibrates})
+    neighbours = Neighbours()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
@@ -67,7 +69,31 @@ def measure(count: int, sizes: Sequence[int], rounds: int, calibrates: bool) -> 
     for process, (_, errors) in zip(started, said, strict=True):
         if process.returncode:
             raise HftcoreError(f"a process of {count} ended with {process.returncode}: {errors.strip()[-400:]}")
-    return json.loads(said[0][0])
+    return {**json.loads(said[0][0]), "neighbours": neighbours.cores()}
+
+
+def lines(found: dict[str, Any]) -> list[Measurement]:
+    """What `measure` found as lines of a result file, for its curves and targets."""
+    others = found["neighbours"]
+    common: dict[str, Any] = {
+        "shape": str(found["ranks"]),
+        "size": [],
+        "device": "cpu",
+        "backend": backend_for("cpu"),
+        "threads": 1,
+        "bytes_moved": None,
+        "products": None,
+        "canary": 1.0,
+        "neighbours": None if others is None else round(others, 2),
+        "noisy": is_noisy(1.0, others),
+    }
+    measured = [(CALIBRATED, "float32", ONE, found["calibration"])] if "calibration" in found else []
+    measured += [(selected(each["pattern"], each["matrices"]), "bfloat16", ALONE, each) for each in found["selection"]]
+    return [
+        timed(common | {"case": case, "dtype": dtype}, variant, kind, [1e3 * one for one in times[name]], None)
+        for case, dtype, other, times in measured
+        for variant, kind, name in ((OURS, "ours", "shared_s"), (other, "ceiling", "alone_s"))
+    ]
 
 
 def in_turns(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -8,7 +8,7 @@ from hftcore.bench.cases import CASES, in_order
 from hftcore.bench.ceiling import share
 from hftcore.bench.instructions import CASE, COLUMNS, ROWS
 from hftcore.bench.measure import OURS
-from hftcore.bench.scaling import SWEEPS, bend, exponent
+from hftcore.bench.scaling import bend, curves, exponent
 from hftcore.bench.targets import ELSEWHERE, TARGETS, Target
 from hftcore.bench.timing import NOISY_CANARY, NOISY_NEIGHBOURS, median_interval, paired, paired_ratio
 
@@ -199,12 +199,16 @@ def _instructions(lines: Lines) -> str:
 
 def _scaling(lines: Lines) -> list[list[str]]:
     rows = []
-    for name, sweep in SWEEPS.items():
-        points = sorted((float(line["shape"]), line["median_ms"]) for line in lines if line["case"] == name)
+    for name, curve in curves().items():
+        points = sorted(
+            (float(line["shape"]), line["median_ms"])
+            for line in lines
+            if line["case"] == name and line["kind"] == "ours"
+        )
         if len(points) < 2:
             continue
         change = bend(points)
         words = "–" if change is None else f"at {change.at:g}: {change.before:.2f} before, {change.after:.2f} after"
         ends = [f"{ms:.3g} ms at {value:g}" for value, ms in (points[0], points[-1])]
-        rows.append([sweep.about, sweep.axis, *ends, f"{exponent(points):.2f}", words])
+        rows.append([curve.about, curve.axis, *ends, f"{exponent(points):.2f}", words])
     return rows

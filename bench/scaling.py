@@ -1,4 +1,4 @@
-"""Cost against one size at a time: rows, columns, tokens, samples, sparsity, threads."""
+"""Cost against one size at a time: rows, columns, tokens, samples, layers, sparsity, threads, ranks of LoRA and of processes."""
 
 import math
 import statistics
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+import hftcore
 from hftcore import ops
 from hftcore.bench.ceiling import ceilings
 from hftcore.bench.job import Job
+from hftcore.bench.models import model_of, tokens_of
 from hftcore.bench.samples import logprobs_job, norms_job
 from hftcore.bench.selection import energy_job, matrix, prune_job
 from hftcore.bench.timing import Canary, Clock
@@ -22,16 +24,22 @@ Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """One size that varies.
+class Curve:
+    """What is measured at several values of one size, and the name of that size."""
+
+    about: str
+    axis: str
+
+
+@dataclass(frozen=True)
+class Sweep(Curve):
+    """A curve of calls in this process.
 
     Fields:
         values: from small to large.
         job: value, dtype, device -> the call; only `ours` is timed.
     """
 
-    about: str
-    axis: str
     values: tuple[float, ...]
     job: Callable[[float, torch.dtype, torch.device], Job]
 
@@ -63,6 +71,12 @@ def _threaded(value: float, dtype: torch.dtype, device: torch.device) -> Job:
             weight.copy_(original)
 
     return Job(ours, {}, restore, torch.equal, ceilings=ceilings(weight, original))
+
+
+def _layered(value: float, dtype: torch.dtype, device: torch.device) -> Job:
+    model = model_of("small-llama", dtype, device, layers=int(value))
+    batches = [{"input_ids": tokens_of(model, 2, 128, device)}]
+    return Job(lambda: hftcore.calibrate(model, batches), {}, lambda: None, torch.equal)
 
 
 @contextmanager
@@ -118,6 +132,13 @@ SWEEPS: dict[str, Sweep] = {
         _doubling(1, 64),
         lambda value, dtype, device: norms_job(f"{value:.0f}x128x512x512", dtype, device),
     ),
+    "grad_norms_sq by LoRA rank": Sweep(
+        "grad_norms_sq [8, 128, 2048] [8, 128, r]",
+        "rank r",
+        _doubling(1, 256),
+        lambda value, dtype, device: norms_job(f"8x128x2048x{value:.0f}", dtype, device),
+    ),
+    "calibrate by layers": Sweep("calibrate, 2 x 128 tokens, width 512", "layers", _doubling(1, 16), _layered),
     "sequence_logprobs by tokens": Sweep(
         "sequence_logprobs [2, T, 256], V 8192",
         "tokens T",
@@ -125,6 +146,33 @@ SWEEPS: dict[str, Sweep] = {
         lambda value, dtype, device: logprobs_job(f"2x{value:.0f}x256x8192", dtype, device),
     ),
 }
+
+# of several processes, as `hftcore-bench ranks` measures them
+SIDE = 4096  # rows and columns of each matrix that is selected on
+SIZES = (1, 4, 16, 64)  # so many of them: 17 million to 1.07 billion weights
+PATTERNS = ("0.5 row", "0.5 model")
+CALIBRATED = "calibrate by ranks"
+ONE, ALONE = "one process", "each process by itself"  # what several together are compared with
+
+
+def selected(pattern: str, matrices: int) -> str:
+    """The name of a curve of exact selection."""
+    return f"sharded_masks {pattern}, {matrices * SIDE**2 / 1e6:.0f} M weights, by ranks"
+
+
+RANKED = {
+    CALIBRATED: Curve("calibrate, 16 x 128 tokens", "processes of a thread"),
+    **{
+        selected(pattern, matrices): Curve(f"sharded_masks {pattern}, {matrices} x [{SIDE}, {SIDE}]", "processes")
+        for pattern in PATTERNS
+        for matrices in SIZES
+    },
+}
+
+
+def curves() -> dict[str, Curve]:
+    """Every curve by its name in result files."""
+    return {**SWEEPS, **RANKED}
 
 
 def sweep_times(

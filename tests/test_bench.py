@@ -17,7 +17,9 @@ from hftcore.bench import cases, gpu, measure, memory, packages, results, select
 from hftcore.bench.__main__ import app
 from hftcore.bench.ceiling import IN_PLACE
 from hftcore.bench.job import Case, Job, UnavailableError, Work, shape_of
+from hftcore.bench.ranks import RANKS
 from hftcore.bench.report import report
+from hftcore.bench.scaling import RANKED
 from hftcore.bench.targets import ELSEWHERE, TARGETS, Target
 
 CPU = torch.device("cpu")
@@ -306,6 +308,9 @@ def test_the_fastest_rounds_need_not_be_the_same():
 
 def test_every_target_is_about_a_case_and_shape_that_exist():
     for target in TARGETS:
+        if target.case in RANKED:
+            assert int(target.shape) in RANKS
+            continue
         case = cases.CASES[target.case]
         assert target.shape in case.shapes
         assert target.dtype in [str(dtype).removeprefix("torch.") for dtype in case.dtypes]
@@ -337,7 +342,8 @@ def test_the_report_gives_ratios_and_verdicts(tmp_path):
     absent = done.output.split("Not measured in this file:\n\n")[1].split("\n\n")[0].splitlines()
     assert "- antidote smollm2 float32: at most 1.1 x the time of one plain pass" in absent
     assert "- prune_rows 1gb bfloat16: at most 1.33 x the time of in place mul_(1) (on a GPU)" in absent
-    assert "- calibration on 2 processes: at least 1.7 x faster than on one: `hftcore-bench ranks`" in absent
+    assert "- calibrate by ranks 2 float32: at least 1.7 x faster than one process" in absent
+    assert "- 200 kills of a run on files: nothing lost, nothing repeated: `hftcore-bench kills`" in absent
     assert len(absent) == len(TARGETS) + len(ELSEWHERE) - 3
     big = rows_of(done.output, "1gb [16384, 16384]")[0].split(" | ")
     assert big[2] == "3.5"

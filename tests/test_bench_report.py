@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from hftcore.bench import measure, packages, plots, results, scaling, timing, whole
+from hftcore.bench import measure, packages, plots, ranks, results, scaling, timing, whole
 from hftcore.bench.__main__ import app
 from hftcore.bench.cases import CASES, in_order
 from hftcore.bench.ceiling import IN_PLACE, MATMUL, READ, SIDE, share
@@ -252,6 +252,60 @@ def test_the_inputs_of_the_curve_of_threads_are_restored_by_as_many(monkeypatch)
     monkeypatch.setattr(scaling.torch, "set_num_threads", counts.append)
     job.restore()
     assert counts == [1, usual]
+
+
+def test_the_sizes_that_costs_are_shown_against_are_those_that_are_promised():
+    axes = [curve.axis for curve in scaling.curves().values()]
+    for size in ("rows", "columns", "tokens", "samples", "layers", "sparsity", "threads", "rank", "processes"):
+        assert any(axis.startswith(size) for axis in axes), size
+
+
+def test_a_model_of_the_curve_of_layers_has_so_many(monkeypatch):
+    depths = []
+    monkeypatch.setattr(
+        scaling.hftcore, "calibrate", lambda model, batches: depths.append(len(model.model.layers)) or batches
+    )
+    for value in (1.0, 2.0):
+        SWEEPS["calibrate by layers"].job(value, torch.float32, CPU).ours()
+    assert depths == [1, 2]
+
+
+def ranked(count, alone_s, shared_s):
+    """What several processes found, who each have times of a second or so."""
+    times = {"alone_s": alone_s, "shared_s": shared_s}
+    return {
+        "ranks": count,
+        "calibration": times,
+        "selection": [times | {"pattern": "0.5 row", "matrices": 64}],
+        "neighbours": 0.0,
+    }
+
+
+def test_several_processes_become_curves_and_verdicts(tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "r.jsonl"
+    for found in (
+        ranked(1, [2.0] * 6, [2.0] * 6),
+        ranked(2, [2.0] * 6, [1.0] * 6),
+        ranked(4, [2.0] * 6, [0.5] * 6),
+    ):
+        results.append(file, ranks.lines(found), FACTS)
+    lines = results.load(file)
+    text = report(lines, "r")
+    assert "| calibrate by ranks 2 float32: at least 1.7 x faster than one process | 2 | 2 | met |" in text
+    assert (
+        "1074 M weights, by ranks 2 bfloat16: at most 1.05 x the time of each process by itself | 0.5 | 0.5 |" in text
+    )
+    assert "| calibrate, 16 x 128 tokens | processes of a thread | 2e+03 ms at 1 | 500 ms at 4 | -1.00 | – |" in text
+    assert [title for title, _ in plots.draw(lines, tmp_path / "plots")] == [plots.TITLES["scaling"]]
+
+
+def test_what_processes_found_is_added_to_no_file_of_another_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "measure", lambda *_, **__: pytest.fail("measured"))
+    file = written(tmp_path / "r.jsonl", line("prune_rows", "hftcore", "ours", [1.0]))
+    done = CliRunner().invoke(app, ["ranks", "--out", str(file)])
+    assert done.exit_code == 1
+    assert "holds results of another machine" in done.output
 
 
 def test_a_shape_may_say_its_sizes():

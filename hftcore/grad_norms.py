@@ -1,8 +1,9 @@
 """Per-sample gradient norms from one ordinary backward pass, without per-sample gradients."""
 
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ def capture_grad_norms(
     transformers' causal language models give: the sum over supervised tokens divided by their number in the batch (or by
     `num_items_in_batch`, if the model was given it). `param.grad` is filled as ever, equal to the plain one up to rounding. Samples must
     not influence each other (no batch statistics, no sequences packed across rows). Gradient checkpointing of both kinds, modules
-    called more than once, tied embeddings and LoRA factors are right; the frozen weights under LoRA do not count. Every hook is gone at
-    the end, also after an exception.
+    called more than once, tied embeddings and LoRA factors are right; the frozen weights under LoRA do not count. What torch.compile
+    made runs uncompiled inside the block. Every hook is gone at the end, also after an exception.
 
     Under DistributedDataParallel and FSDP2 (`fully_shard`) each process gets the norms of its own samples, whole ones, for FSDP2 gathers
     the weights a module needs. `param.grad` is the mean over processes, as ever.
@@ -63,7 +64,7 @@ def capture_grad_norms(
         )
     norms = GradNorms(model, SampleLoss(loss, loss_scale), Ledger(norms_only, keep))
     watch = Watch(model, norms._loss, norms._ledger)
-    with watch.hooked():
+    with watch.hooked(), _uncompiled():
         yield norms
     norms._ledger.close()
     norms._check(watch.touched)
@@ -155,6 +156,12 @@ class GradNorms:
         scale = self._loss.scale(device).square()
         none = torch.zeros(self._loss.samples, device=device)
         return {name: (squares.get(name, none).to(device).double() * scale).float() for name in self._layers}
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """A compiler that traced the hooks would stop at them."""
+    # importing it takes seconds, and without it nothing is compiled
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _layers(model: nn.Module) -> dict[str, str]:

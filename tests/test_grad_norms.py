@@ -349,6 +349,16 @@ def test_positions_without_a_batch_axis():
             )
 
 
+@pytest.mark.parametrize("whose", ["the wrapper's", "the model's"])
+def test_a_compiled_model_runs_uncompiled_and_its_norms_are_right(whose):
+    model, one = tiny_model("llama-tied"), batch((7, 4))
+    want = oracle(model, one)[""]
+    compiled = torch.compile(model, backend="eager")
+    with capture_grad_norms(compiled if whose == "the wrapper's" else model) as norms:
+        compiled(**one).loss.backward()
+    torch.testing.assert_close(norms.per_sample.double(), want, rtol=RTOL, atol=0)
+
+
 def test_positions_that_could_be_samples_are_refused():
     model = Positions()
     with (

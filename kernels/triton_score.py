@@ -16,6 +16,14 @@ OUTSIDE = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
+def widened(w):
+    """float32 of the same value. A bfloat16 is its upper half; Triton's interpreter would lose denormals in a conversion."""
+    if w.dtype == tl.bfloat16:
+        return (w.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return w.to(tl.float32)
+
+
+@triton.jit
 def score_keys(
     weight_ptr,  # [M, N] any float dtype
     norm_ptr,  # [N] float32
@@ -27,9 +35,9 @@ def score_keys(
     in_cols,  # [...] bool, broadcasts
     HAS_REFERENCE: tl.constexpr,
 ):
-    w = tl.load(weight_ptr + weight_at, mask=inside, other=0.0).to(tl.float32)
+    w = widened(tl.load(weight_ptr + weight_at, mask=inside, other=0.0))
     if HAS_REFERENCE:
-        w -= tl.load(reference_ptr + reference_at, mask=inside, other=0.0).to(tl.float32)
+        w -= widened(tl.load(reference_ptr + reference_at, mask=inside, other=0.0))
     norm = tl.load(norm_ptr + cols, mask=in_cols, other=0.0)
     # a NaN may come out with its sign set
     key = (tl.abs(w) * norm).to(tl.int32, bitcast=True) & 0x7FFFFFFF

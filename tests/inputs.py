@@ -16,7 +16,7 @@ def weights(kind: str, rows: int, columns: int, dtype: torch.dtype, seed: int = 
         "negative_zeros": lambda: torch.where(normal > 0, torch.tensor(-0.0), torch.tensor(0.0)),
         "few_values": lambda: torch.randint(-2, 3, (rows, columns), generator=draw).float(),
         "two_values": lambda: torch.randint(1, 3, (rows, columns), generator=draw).float(),
-        "denormal": lambda: normal * (1e-41 if dtype == torch.float32 else 1e-7),
+        "denormal": lambda: normal * {torch.float32: 1e-41, torch.bfloat16: 1e-39, torch.float16: 1e-7}[dtype],
         "outlier": lambda: (
             normal.index_put((torch.tensor([0]), torch.tensor([0])), torch.tensor(3e4)) if rows and columns else normal
         ),

@@ -9,6 +9,9 @@ from hftcore.errors import HftcoreError
 from hftcore.grad_experts import find_experts
 from hftcore.grad_rules import Conv1DRule, EmbeddingRule, LinearRule, NormRule, RouterRule, Rule, with_parameters
 
+# of PEFT: they look one prompt up and repeat it for the batch, and what comes back of it is a sum over samples
+SHARED_PROMPTS = ("PromptEmbedding", "MultitaskPromptEmbedding", "PromptEncoder")
+
 
 def find_rules(model: nn.Module) -> list[Rule]:
     """The rule of every module that has parameters to train.
@@ -23,6 +26,11 @@ def find_rules(model: nn.Module) -> list[Rule]:
     for name, module in model.named_modules():
         if module in fused:
             continue
+        if type(module).__name__ in SHARED_PROMPTS and any(p.requires_grad for p in module.parameters()):
+            raise HftcoreError(
+                f"per-sample gradients of {name!r} ({type(module).__name__}) are not known: its prompt is looked up once for the whole "
+                "batch; train LoRA factors or a prefix instead, or freeze it"
+            )
         trained = {own: names[p] for own, p in module._parameters.items() if p is not None and p.requires_grad}
         if not trained:
             continue
@@ -61,7 +69,7 @@ def _rule(name: str, module: nn.Module) -> Rule | None:
         if unlike:
             raise HftcoreError(f"per-sample gradients of embedding {name!r} are not known with {unlike[0]}; freeze it")
         return EmbeddingRule(name, module)
-    if type(module).__name__.endswith(("RMSNorm", "LayerNorm")):
+    if type(module).__name__.endswith(("RMSNorm", "LayerNorm", "LayerNorm1P")):
         return _norm_rule(name, module)
     if "Router" in type(module).__name__:
         return RouterRule(name, module)

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from tiny_models import DENSE, VOCABULARY, batch, fingerprint, one_thread, tiny_model, with_lora  # noqa: F401
+from tiny_models import DENSE, SMALL, VOCABULARY, batch, fingerprint, one_thread, tiny_model, with_lora  # noqa: F401
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -206,6 +206,21 @@ def test_falcons_own_linear_layers_are_linear_layers(bias):
     model, one = transformers.FalconForCausalLM(config).eval(), batch((7, 4))
     assert_norms(run(model, one), oracle(model, one))
     assert_plain_gradients(model, one, gradients(model))
+
+
+def test_layer_norms_by_one_plus_a_weight():
+    torch.manual_seed(0)
+    model, one = transformers.NemotronForCausalLM(transformers.NemotronConfig(**SMALL)).eval(), batch((7, 4))
+    assert_norms(run(model, one), oracle(model, one))
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_prompts_that_the_batch_shares_are_refused(kind):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    with pytest.raises(HftcoreError, match=r"'prompt_encoder.default'.*looked up once for the whole batch"):
+        run(model, batch((7, 4)))
 
 
 class Doubling(nn.Linear):

@@ -623,6 +623,7 @@ def bad(labels, length=4):
         ([bad([-100] * 62 + [5], 63)], "prompt of 62 tokens and its refusal of 3 do not fit the model's window of 64"),
         ([{"input_ids": [1, 2]}], r"train_dataset\[0\] must have input_ids and labels"),
         (iter([]), "must have __len__ and __getitem__"),
+        ([], "train_dataset is empty"),
     ],
 )
 def test_bad_samples_are_refused_before_training(tmp_path, rows, message):
@@ -646,6 +647,15 @@ def test_losses_that_would_be_ignored_are_refused(tmp_path):
     smoothed = config(tmp_path, AntibodyConfig, label_smoothing_factor=0.1)
     with pytest.raises(HftcoreError, match="makes its own loss"):
         AntibodyTrainer(tiny_model("llama"), smoothed, **data)
+
+
+def test_settings_that_would_take_the_refusals_or_the_model_away_are_refused(tmp_path):
+    data = {"train_dataset": samples(4), "refusals": REFUSAL_IDS}
+    unused = config(tmp_path, AntibodyConfig, remove_unused_columns=True)
+    with pytest.raises(HftcoreError, match="take the refusals out of the batches"):
+        AntibodyTrainer(tiny_model("llama"), unused, **data)
+    with pytest.raises(HftcoreError, match="model_init makes another"):
+        AntibodyTrainer(None, config(tmp_path, AntibodyConfig), model_init=lambda: tiny_model("llama"), **data)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ class AntibodyTrainer(DefenceTrainer):
             project's own. Sentences need `processing_class`.
 
     Raises:
-        HftcoreError: samples without prompt or answer, a refusal that does not fit the model's window, or one sample a softmax.
+        HftcoreError: no samples, samples without prompt or answer, a refusal that does not fit the model's window, one sample a softmax,
+            or settings that would take the weights away: a loss, model_init, remove_unused_columns.
     """
 
     config = AntibodyConfig
@@ -127,6 +128,14 @@ class AntibodyTrainer(DefenceTrainer):
         if kwargs.get("compute_loss_func") is not None or getattr(args, "label_smoothing_factor", 0) > 0:
             raise HftcoreError(
                 "AntibodyTrainer makes its own loss; leave compute_loss_func and label_smoothing_factor out"
+            )
+        if kwargs.get("model_init") is not None:
+            raise HftcoreError(
+                "AntibodyTrainer asks its model how likelihoods are read off it, and model_init makes another in each run; pass model"
+            )
+        if getattr(args, "remove_unused_columns", False):
+            raise HftcoreError(
+                "remove_unused_columns=True would take the refusals out of the batches; leave it out, other columns do no harm"
             )
         tokenizer = kwargs.get("processing_class")
         ids = refusal_tokens(tokenizer, refusals)
@@ -247,6 +256,8 @@ class AntibodyTrainer(DefenceTrainer):
                 "per_device_train_batch_size=1 gives every sample the weight 1, so the defence is off; take at least 2, or "
                 'weights_over="step" with gradient accumulation'
             )
+        if dataset is not None and len(dataset) == 0:
+            raise HftcoreError("train_dataset is empty; give at least two samples")
         if dataset is not None and len(dataset) % size == 1 and not self.args.dataloader_drop_last:
             log.warning(
                 "the last batch of an epoch has one sample, whose weight is always 1; set dataloader_drop_last=True"

@@ -1,11 +1,12 @@
 """A result file as Markdown: targets with met or not met, then every case against its ceilings and peers, then scaling."""
 
 from collections.abc import Sequence
+from math import prod
 from statistics import median
 from typing import Any
 
 from hftcore.bench.cases import CASES, in_order
-from hftcore.bench.ceiling import share
+from hftcore.bench.ceiling import MATMUL, OP, PASSES, SIDE, share
 from hftcore.bench.instructions import CASE, COLUMNS, ROWS
 from hftcore.bench.measure import OURS
 from hftcore.bench.scaling import bend, curves, exponent
@@ -31,6 +32,9 @@ def report(lines: Lines, source: str, plots: Sequence[tuple[str, str]] = ()) -> 
     lines = in_order(lines)
     parts = [f"# Benchmark results: {source}", _provenance(lines, source), _targets(lines)]
     parts += [f"![{title}]({path})" for title, path in plots]
+    rates = _ceilings(lines)
+    if rates:
+        parts += ["## Ceilings", CEILINGS, table(["what the machine allows", *(name for name, _ in DTYPES)], rates)]
     for case, about in ((name, case.about) for name, case in CASES.items()):
         rows = [line for line in lines if line["case"] == case]
         if rows:
@@ -43,6 +47,11 @@ def report(lines: Lines, source: str, plots: Sequence[tuple[str, str]] = ()) -> 
 
 
 MISSING = "not measured"
+DTYPES = (("float32", 4), ("bfloat16", 2))
+CEILINGS = (
+    "Measured in the same rounds as the cases: passes over the largest buffer of the file, counting each byte as often as it crosses the "
+    "memory bus, and square matrix products; the slowest and the fastest median of the cases that have them."
+)
 SCALING = (
     "Cost against one size while the others stay; the exponent is the slope of a straight line through the logarithms (1: in proportion). "
     "A path changes where two lines fit far better than one."
@@ -130,11 +139,38 @@ def _verdict(target: Target, lines: Lines) -> tuple[str, str, str]:
     return measured, fastest, f"{'met' if target.is_met(value) else '**not met**'}{noisy}"
 
 
+def _ceilings(lines: Lines) -> list[list[str]]:
+    rows = []
+    for variant, unit in (*((one, "GB/s") for one in PASSES), (MATMUL, "GFLOP/s"), (OP, "us")):
+        cells = [_rates(lines, variant, unit, *dtype) for dtype in DTYPES]
+        if any(cells):
+            rows.append([variant, *(cell or "–" for cell in cells)])
+    return rows
+
+
+def _rates(lines: Lines, variant: str, unit: str, dtype: str, itemsize: int) -> str:
+    """The slowest and the fastest rate of one ceiling, of the largest buffer it was timed on; empty where it was not."""
+    found: dict[int, list[float]] = {}
+    for line in lines:
+        # of the others' sizes the buffer is only a part
+        if line["variant"] != variant or line["dtype"] != dtype or (variant in PASSES and len(line["size"]) != 2):
+            continue
+        size = prod(line["size"]) * itemsize if variant in PASSES else 0
+        work = {"GB/s": PASSES.get(variant, 0) * size / 1e6, "GFLOP/s": 2 * SIDE[line["device"]] ** 3 / 1e6}
+        ms = line["median_ms"]
+        found.setdefault(size, []).append(work[unit] / ms if unit in work else 1e3 * ms)
+    if not found:
+        return ""
+    size, rates = max(found.items())
+    low, high = f"{min(rates):.3g}", f"{max(rates):.3g}"
+    return f"{low if low == high else f'{low}-{high}'} {unit}" + (f" of {size / 2**20:.0f} MiB" if size else "")
+
+
 def _case(lines: Lines) -> str:
     peers = list(dict.fromkeys(line["variant"] for line in lines if line["kind"] in ("peer", "missing")))
     ceilings = list(dict.fromkeys(line["variant"] for line in lines if line["kind"] in ("ceiling", "kernels")))
     header = ["shape", "dtype", "ms", "20-80 %", "GB/s", "share", *(f"x {name}" for name in ceilings)]
-    header += [*(f"faster than {name}" for name in peers), "extra MB", "noisy"]
+    header += [*(f"faster than {name} (its extra memory)" for name in peers), "extra MB", "noisy"]
     rows = []
     for ours in (line for line in lines if line["variant"] == OURS):
         here = (ours["shape"], ours["dtype"])
@@ -165,7 +201,8 @@ def _speedup(peer: dict[str, Any] | None, ours: dict[str, Any]) -> str:
     if peer is None or not peer["times_ms"]:
         return "–"
     low, high = median_interval(paired(peer["times_ms"], ours["times_ms"]))
-    return f"{'~' if low <= 1 <= high and low < high else ''}{_ratio(peer, ours)}"
+    taken = "" if peer["extra_bytes"] is None else f" ({peer['extra_bytes'] / 1e6:.1f} MB)"
+    return f"{'~' if low <= 1 <= high and low < high else ''}{_ratio(peer, ours)}{taken}"
 
 
 def _left_out(lines: Lines) -> list[str]:

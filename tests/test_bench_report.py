@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hftcore.bench import measure, packages, plots, ranks, results, scaling, timing, whole
 from hftcore.bench.__main__ import app
 from hftcore.bench.cases import CASES, in_order
-from hftcore.bench.ceiling import IN_PLACE, MATMUL, READ, SIDE, share
+from hftcore.bench.ceiling import IN_PLACE, MATMUL, OP, READ, SIDE, share
 from hftcore.bench.job import Job, shape_of
 from hftcore.bench.models import model_of
 from hftcore.bench.report import report
@@ -94,7 +94,29 @@ def test_a_speedup_that_may_be_none_is_marked(tmp_path):
         line("column_energy", "Wanda-code norm", "peer", [2.0] * 6, shape="tiny"),
     )
     (row,) = [one for one in report(lines, "r").splitlines() if one.startswith("| tiny")]
-    assert "| ~1.1 | 2 |" in row
+    assert "| ~1.1 (1.0 MB) | 2 (1.0 MB) |" in row
+
+
+def test_the_rates_of_the_ceilings_are_those_of_the_largest_buffer(tmp_path):
+    lines = loaded(
+        tmp_path,
+        line("prune_rows", "hftcore", "ours", [9.0], shape="tiny", size=[64, 96]),
+        line("prune_rows", IN_PLACE, "ceiling", [1.0], shape="tiny", size=[64, 96]),
+        line("prune_rows", "hftcore", "ours", [9.0], shape="1gb", size=[16384, 16384]),
+        line("prune_rows", IN_PLACE, "ceiling", [20.0], shape="1gb", size=[16384, 16384]),
+        line("prune_matrix", "hftcore", "ours", [9.0], shape="1gb", size=[16384, 16384]),
+        line("prune_matrix", IN_PLACE, "ceiling", [40.0], shape="1gb", size=[16384, 16384]),
+        line("grad_norms_sq", "hftcore", "ours", [9.0], shape="samples-7b T128", size=[4, 128, 4096, 4096]),
+        line("grad_norms_sq", READ, "ceiling", [9.0], shape="samples-7b T128", size=[4, 128, 4096, 4096]),
+        line("grad_norms_sq", MATMUL, "ceiling", [10.0], shape="samples-7b T128", size=[4, 128, 4096, 4096]),
+        line("dispatch_prune", "hftcore", "ours", [0.02], shape="dispatch", size=[4, 64]),
+        line("dispatch_prune", OP, "ceiling", [0.003], shape="dispatch", size=[4, 64]),
+    )
+    text = report(lines, "r").split("## Ceilings")[1]
+    assert f"| {IN_PLACE} | 53.7-107 GB/s of 1024 MiB | – |" in text
+    assert f"| {MATMUL} | 215 GFLOP/s | – |" in text
+    assert f"| {OP} | 3 us | – |" in text
+    assert f"| {READ} |" not in text.split("## prune_rows")[0]
 
 
 def test_one_round_is_called_one_round(tmp_path):

@@ -65,12 +65,14 @@ def run_cases(quick: Quick = False, case: Cases = None, shape: Shapes = None, ou
     A run of everything ends with the instruction counts.
     """
     import tempfile
+    import time
 
     import torch
 
     from hftcore.bench import instructions, results
-    from hftcore.bench.measure import Effort, chosen, run
+    from hftcore.bench.measure import Effort, chosen, duration, run
     from hftcore.bench.report import report
+    from hftcore.bench.timing import Neighbours
 
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder, _refusals():
@@ -79,11 +81,15 @@ def run_cases(quick: Quick = False, case: Cases = None, shape: Shapes = None, ou
         facts = results.run_facts(device)
         results.require_same_machine(file, facts)
         effort = Effort(rounds=3, budget_s=0.5) if quick else Effort()
+        begin, neighbours = time.monotonic(), Neighbours()
         try:
             complete = run(wanted, device, effort, lambda measured: results.append(file, measured, facts), _say)
             if not (quick or case or shape):
                 _say("counting instructions")
                 results.append(file, instructions.measured(), facts)
+            if complete and not (case or shape):
+                name = results.QUICKLY if quick else results.WHOLLY
+                results.append(file, [duration(name, time.monotonic() - begin, device, neighbours)], facts)
         finally:  # of an interrupted run too
             if file.exists():
                 typer.echo(report(results.load(file), file.name))

@@ -15,7 +15,7 @@ from hftcore.bench.cases import CASES
 from hftcore.bench.graphs import kernels_alone
 from hftcore.bench.job import QUICK, Job, UnavailableError, shape_of
 from hftcore.bench.memory import extra_bytes
-from hftcore.bench.results import Measurement
+from hftcore.bench.results import RUN, Measurement
 from hftcore.bench.timing import Canary, Clock, Neighbours, interleave, is_noisy, summary
 from hftcore.bench.worker import Remote, WorkerError
 from hftcore.errors import HftcoreError
@@ -238,6 +238,26 @@ def missing(common: dict[str, Any], variant: str, reason: str) -> Measurement:
     """The line of a peer that could not run."""
     nothing: dict[str, Any] = dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "extra_bytes"))
     return Measurement(**common, **nothing, variant=variant, kind="missing", times_ms=[], reason=reason)
+
+
+def duration(shape: str, seconds: float, device: torch.device, neighbours: Neighbours) -> Measurement:
+    """The line of a whole run that took so long; witnessed by the neighbours alone."""
+    others = neighbours.cores()
+    common = {
+        "case": RUN,
+        "shape": shape,
+        "size": [],
+        "dtype": "",
+        "device": device.type,
+        "backend": backend_for(device.type),
+        "threads": torch.get_num_threads(),
+        "bytes_moved": None,
+        "products": None,
+        "canary": 1.0,
+        "neighbours": None if others is None else round(others, 2),
+        "noisy": is_noisy(1.0, others),
+    }
+    return timed(common, OURS, "ours", [1e3 * seconds], None)
 
 
 def _short(time: float) -> float:

@@ -130,7 +130,7 @@ def _verdict(target: Target, lines: Lines) -> tuple[str, str, str]:
     if target.threads not in (None, threads):
         return measured, fastest, f"not judged: it is for {target.threads} threads, this run had {threads}"
     noisy = ""
-    if target.quantity in ("ratio", "speedup", "difference_us", "share"):
+    if target.quantity in ("ratio", "speedup", "difference_us", "share", "minutes"):
         noisy = (", one round" if len(found[OURS]["times_ms"]) == 1 else "") + (
             ", noisy" if found[OURS]["noisy"] else ""
         )

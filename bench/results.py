@@ -16,6 +16,8 @@ import torch
 from hftcore.backend import why_not
 
 PACKAGES = ("hftcore", "torch", "triton", "transformers")
+RUN = "hftcore-bench run"  # its own duration, a line like others
+QUICKLY, WHOLLY = "--quick", "everything"
 
 
 @dataclass(frozen=True)

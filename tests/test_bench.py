@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import hftcore
 import hftcore.bench
-from hftcore.bench import cases, gpu, measure, memory, packages, results, selection, timing
+from hftcore.bench import cases, gpu, instructions, measure, memory, packages, results, selection, timing
 from hftcore.bench.__main__ import app
 from hftcore.bench.ceiling import IN_PLACE
 from hftcore.bench.job import Case, Job, UnavailableError, Work, shape_of
@@ -284,6 +284,8 @@ VERDICTS = [
     (Target("c", "s", "d", "difference_us", 2000, IN_PLACE), 2000, True),
     (Target("c", "s", "d", "extra_mb", 8), 9.0, False),
     (Target("c", "s", "d", "extra_mb", 9.5), 9.0, True),
+    (Target("c", "s", "d", "minutes", 4e-5), 5e-5, False),
+    (Target("c", "s", "d", "minutes", 5e-5), 5e-5, True),
 ]
 
 
@@ -310,6 +312,8 @@ def test_every_target_is_about_a_case_and_shape_that_exist():
     for target in TARGETS:
         if target.case in RANKED:
             assert int(target.shape) in RANKS
+            continue
+        if target.case == results.RUN:
             continue
         case = cases.CASES[target.case]
         assert target.shape in case.shapes
@@ -377,10 +381,31 @@ def test_run_writes_measurements_and_prints_their_report(tmp_path, monkeypatch):
     file = tmp_path / "r.jsonl"
     done = command("run", "--quick", "--out", file)
     assert done.exit_code == 0, done.output
-    lines = results.load(file)
+    lines = [line for line in results.load(file) if line["case"] != results.RUN]
     assert {line["kind"] for line in lines} == {"ours", "peer", "ceiling"}
     assert all(len(line["times_ms"]) == 3 for line in lines)
     assert rows_of(done.output, "tiny [64, 96]")
+
+
+def test_the_duration_of_a_complete_run_of_all_cases_is_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "run", lambda *_: True)
+    monkeypatch.setattr(instructions, "measured", list)
+    file = tmp_path / "r.jsonl"
+    assert command("run", "--quick", "--out", file).exit_code == 0
+    shown = command("run", "--out", file)
+    assert [line["shape"] for line in results.load(file)] == ["--quick", "everything"]
+    (quick,) = rows_of(shown.output, "hftcore-bench run --quick: at most 5 minutes")
+    (all_of_it,) = rows_of(shown.output, "hftcore-bench run everything: at most 60 minutes")
+    for row in (quick, all_of_it):
+        assert " | met, one round" in row or "not judged" in row
+
+
+def test_a_run_of_some_cases_or_one_that_failed_has_no_duration(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "run", lambda *_: False)
+    assert command("run", "--quick", "--out", tmp_path / "r.jsonl").exit_code == 1
+    monkeypatch.setattr(measure, "run", lambda *_: True)
+    assert command("run", "--quick", "--case", "prune_rows", "--out", tmp_path / "r.jsonl").exit_code == 0
+    assert not (tmp_path / "r.jsonl").exists()
 
 
 def test_an_interrupted_run_shows_and_keeps_what_it_has(tmp_path, monkeypatch):

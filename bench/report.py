@@ -5,6 +5,7 @@ from math import prod
 from statistics import median
 from typing import Any
 
+from hftcore.bench import short
 from hftcore.bench.cases import CASES, in_order
 from hftcore.bench.ceiling import MATMUL, OP, PASSES, SIDE, share
 from hftcore.bench.instructions import CASE, COLUMNS, ROWS
@@ -30,7 +31,11 @@ def report(lines: Lines, source: str, plots: Sequence[tuple[str, str]] = ()) -> 
     if not lines:
         raise ValueError(f"{source} holds no measurements; make some with hftcore-bench run --out {source}")
     lines = in_order(lines)
-    parts = [f"# Benchmark results: {source}", _provenance(lines, source), _targets(lines)]
+    parts = [f"# Benchmark results: {source}", _provenance(lines, source)]
+    few = short.rows(lines)
+    if few:
+        parts += ["## In short", table(short.HEADER, few)]
+    parts.append(_targets(lines))
     parts += [f"![{title}]({path})" for title, path in plots]
     rates = _ceilings(lines)
     if rates:
@@ -115,28 +120,20 @@ def _targets(lines: Lines) -> str:
 
 
 def _verdict(target: Target, lines: Lines) -> tuple[str, str, str]:
-    where = (target.case, target.shape, target.dtype, target.device)
-    found = {
-        line["variant"]: line for line in lines if (line["case"], line["shape"], line["dtype"], line["device"]) == where
-    }
-    values = target.values(found.get)
-    if not values:
+    find = target.among(lines)
+    ours, values = find(OURS), target.values(find)
+    if ours is None or not values:
         return "–", "–", MISSING
     value, (low, high) = median(values), median_interval(values)
-    best = target.fastest(found.get)
+    best = target.fastest(find)
     fastest = "–" if best is None else f"{best:.3g}"
     measured = f"{value:.3g}" if low == high else f"{value:.3g} [{low:.3g}, {high:.3g}]"
-    threads = found[OURS]["threads"]
-    if target.threads not in (None, threads):
-        return measured, fastest, f"not judged: it is for {target.threads} threads, this run had {threads}"
-    noisy = ""
-    if target.quantity in ("ratio", "speedup", "difference_us", "share", "minutes"):
-        noisy = (", one round" if len(found[OURS]["times_ms"]) == 1 else "") + (
-            ", noisy" if found[OURS]["noisy"] else ""
-        )
+    if target.threads not in (None, ours["threads"]):
+        return measured, fastest, f"not judged: it is for {target.threads} threads, this run had {ours['threads']}"
+    verdict = "met" if target.is_met(value) else "**not met**"
     if target.is_met(low) != target.is_met(high):
-        return measured, fastest, f"undecided{noisy}"
-    return measured, fastest, f"{'met' if target.is_met(value) else '**not met**'}{noisy}"
+        verdict = "undecided"
+    return measured, fastest, ", ".join([verdict, *target.caveats(ours)])
 
 
 def _ceilings(lines: Lines) -> list[list[str]]:

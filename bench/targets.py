@@ -57,6 +57,18 @@ class Target:
         }
         return f"{' '.join(part for part in (self.case, self.shape, self.dtype) if part)}: {words[self.quantity]}"
 
+    def among(self, lines: list[dict[str, Any]]) -> Find:
+        """What finds the measurements it is about in a result file."""
+        where = (self.case, self.shape, self.dtype, self.device)
+        keys = ("case", "shape", "dtype", "device")
+        return {line["variant"]: line for line in lines if tuple(line[key] for key in keys) == where}.get
+
+    def caveats(self, ours: dict[str, Any]) -> list[str]:
+        """What weakens a measured time, in words."""
+        if self.quantity not in ("ratio", "speedup", "difference_us", "share", "minutes"):
+            return []
+        return ["one round"] * (len(ours["times_ms"]) == 1) + ["noisy"] * ours["noisy"]
+
     def values(self, find: Find) -> list[float]:
         """The measured quantity, by round where there are rounds; empty where a measurement is missing."""
         ours, other = find(OURS), find(self.against)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from hftcore.bench import measure, packages, plots, ranks, results, scaling, timing, whole
+from hftcore.bench import measure, packages, plots, ranks, results, scaling, short, timing, whole
 from hftcore.bench.__main__ import app
 from hftcore.bench.cases import CASES, in_order
 from hftcore.bench.ceiling import IN_PLACE, MATMUL, OP, READ, SIDE, share
@@ -127,6 +127,42 @@ def test_one_round_is_called_one_round(tmp_path):
     )
     (row,) = [one for one in report(lines, "r").splitlines() if one.startswith("| antidote smollm2")]
     assert row.endswith("| 0.8 | 0.8 | met, one round |")
+
+
+def test_the_few_numbers_for_the_front_page_are_generated_with_their_weaknesses(tmp_path):
+    lines = loaded(
+        tmp_path,
+        line("prune_rows", "hftcore", "ours", [2.0] * 3, shape="1gb", extra=600_000, noisy=True),
+        line("prune_rows", IN_PLACE, "ceiling", [1.0, 1.0, 0.8], shape="1gb", noisy=True),
+        line("antidote", "hftcore", "ours", [0.8], shape="smollm2"),
+        line("antidote", PLAIN, "ceiling", [1.0], shape="smollm2"),
+    )
+    assert report(lines, "r").split("## In short\n\n")[1].split("\n\n")[0].splitlines() == [
+        "|  | float32 | bfloat16 |",
+        "|---|---|---|",
+        "| 50 % of every row, 1 GB, time of an in-place `w.mul_(1)` | 2 × [2, 2.5] (noisy) |  |",
+        "| extra memory, rows, 1 GB | 0.6 MB |  |",
+        "| `antidote` on SmolLM2, 64 × 128 tokens, time of one plain forward pass | 0.8 × (one round) |  |",
+    ]
+
+
+def test_the_front_page_shows_cases_and_comparisons_that_exist():
+    for words, case, shape, _, _ in short.ROWS:
+        assert shape in CASES[case].shapes, words
+    job = CASES["prune_rows"].prepare("tiny", torch.float32, CPU)
+    for _, case, _, _, against in short.ROWS:
+        if case == "prune_rows" and against:
+            assert against in {**job.peers, **job.ceilings}
+
+
+def test_the_front_page_shows_the_numbers_of_the_committed_report():
+    root = Path(__file__).resolve().parent.parent
+    rows = (
+        (root / "bench" / "REPORT.md").read_text().partition("## In short\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+    )
+    shown = {row.split(" | ")[0]: row for row in (root / "README.md").read_text().splitlines() if row.startswith("| ")}
+    for row in rows:
+        assert shown.get(row.split(" | ")[0], row) == row, "copy the table `In short` of bench/REPORT.md into README.md"
 
 
 def test_every_ceiling_has_a_column(tmp_path):

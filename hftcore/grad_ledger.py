@@ -115,7 +115,7 @@ class Ledger:
         kernels = host_kernels(x, g)
         if wants_gradient and _is_direct_with_gradient(kernels, x, g, gram is not None):
             left, right = (g, x) if isinstance(rule, LinearRule) and rule.transposed else (x, g)
-            self._squares[key], gradient = gradients.direct_with_gradient(left, right)
+            self._squares[key], gradient = kernels.direct_with_gradient(left, right)
             return gradient
         if gram is None and _is_worth_a_gram(kernels, x, g):
             gram = kernels.lower_gram(x)

@@ -12,7 +12,7 @@ addition of a block that lies in the cache.
 The meanings come first; the implementations in plain PyTorch, for any device, follow.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -44,17 +44,14 @@ def ghost_cost(T: int, M: int, N: int) -> float:
     return T * (T + min(T, PANEL)) * (M + N)
 
 
-Cost = Callable[[int, int, int], float]
-
-
-def is_ghost(T: int, M: int, N: int, has_gram: bool = False, cost: Cost = ghost_cost) -> bool:
+def is_ghost(T: int, M: int, N: int, has_gram: bool = False) -> bool:
     """Whether the ghost form costs less than the direct one; with the Gram matrix of x at hand only g g^T is left."""
-    return cost(T, M, 0 if has_gram else N) < (2 * T + SQUARE) * M * N
+    return ghost_cost(T, M, 0 if has_gram else N) < (2 * T + SQUARE) * M * N
 
 
-def is_direct_with_gradient(T: int, M: int, N: int, has_gram: bool = False, cost: Cost = ghost_cost) -> bool:
+def is_direct_with_gradient(T: int, M: int, N: int, has_gram: bool = False) -> bool:
     """Whether `direct_with_gradient` costs less than the ghost form beside an ordinary product."""
-    return cost(T, M, 0 if has_gram else N) > (SQUARE + SHARE) * M * N
+    return ghost_cost(T, M, 0 if has_gram else N) > (SQUARE + SHARE) * M * N
 
 
 def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:

@@ -127,6 +127,52 @@ def test_native_ghost_form_reads_strided_inputs_and_gives_the_same_bits_on_any_n
     assert all(torch.equal(found[0], one) for one in found)
 
 
+# besides: blocks that are not full, on either side; several tiles; more tokens than are packed at a time, and as many; one side thin
+SHARES_SHAPES = [*NATIVE_SHAPES, (2, 193, 31, 15), (3, 20, 300, 700), (2, 192, 64, 28), (2, 385, 8, 90), (2, 40, 90, 8)]
+
+
+@needs_native
+@pytest.mark.parametrize("shape", SHARES_SHAPES, ids=str)
+def test_native_direct_form_matches_the_reference_with_and_without_the_gradient(shape, simd):
+    x, g = pair(*shape)
+    assert_right(native.direct(x, g), x, g)
+    squares, gradient = native.direct_with_gradient(x, g)
+    assert_right(squares, x, g)
+    wanted = torch.einsum("btm,btn->mn", g.double(), x.double())
+    torch.testing.assert_close(
+        gradient.double(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max() if wanted.numel() else 0)
+    )
+
+
+@needs_native
+def test_native_direct_form_reads_strided_inputs_and_gives_the_same_bits_on_any_number_of_threads(simd):
+    wide, transposed = torch.randn(3, 150, 2, 20)[:, :, 1], torch.randn(3, 9, 150).mT
+    assert_right(native.direct(wide, transposed), wide, transposed)
+    assert_right(native.direct(wide.transpose(0, 1), wide.transpose(0, 1)), wide.transpose(0, 1), wide.transpose(0, 1))
+    x, g = pair(5, 300, 133, 165)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(native.direct_with_gradient(x, g))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for result in found for one, other in zip(found[0], result, strict=True))
+
+
+@needs_native
+def test_native_direct_form_of_nothing_and_nan(simd):
+    for B, T, M, N in [(0, 3, 2, 2), (2, 0, 3, 2), (2, 3, 0, 4)]:
+        squares, gradient = native.direct_with_gradient(torch.ones(B, T, N), torch.ones(B, T, M))
+        assert squares.tolist() == [0.0] * B
+        assert torch.equal(gradient, torch.zeros(M, N))
+    x, g = pair(3, 14, 50, 60)
+    x[1, 13, 3] = float("nan")
+    squares, gradient = native.direct_with_gradient(x, g)
+    assert squares.isnan().tolist() == [False, True, False]
+    assert gradient.isnan().sum(dim=0).nonzero().tolist() == [[3]]
+
+
 @needs_native
 def test_native_ghost_form_of_nothing_nan_and_terms_that_cancel(simd):
     assert native.ghost(torch.ones(0, 3, 2), torch.ones(0, 3, 2)).shape == (0,)
@@ -140,7 +186,6 @@ def test_native_ghost_form_of_nothing_nan_and_terms_that_cancel(simd):
 
 @needs_native
 def test_native_form_is_taken_for_float32_on_the_processors_it_is_faster_on():
-    """At T = 128 it costs less than a square-sum beside the gradient of a square matrix of 512; the plain one costs more."""
     if native.simds()[-1] == "portable":
         pytest.skip("a processor without AVX2")
     x = torch.ones(1, 2, 3)
@@ -153,12 +198,11 @@ def test_native_form_is_taken_for_float32_on_the_processors_it_is_faster_on():
         assert host_kernels(x.double()) is gradients
         with native.use_simd("portable"):
             assert host_kernels(x) is gradients
-    with native.use_simd(native.simds()[-1]):
-        assert native_gradients.is_ghost(512, 512, 512)
-        assert native_gradients.is_direct_with_gradient(512, 512, 512)
-    if "avx512" in native.simds():
-        with native.use_simd("avx512"):
-            assert not native_gradients.is_direct_with_gradient(128, 512, 512)
+    assert native_gradients.is_ghost(511, 512, 512)
+    assert not native_gradients.is_ghost(512, 512, 512)
+    assert native_gradients.is_ghost(1023, 512, 512, has_gram=True)
+    assert native_gradients.is_direct_with_gradient(128, 512, 512)
+    assert not native_gradients.is_direct_with_gradient(1, 512, 512)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without the interpreter the kernels need tensors on the GPU")

@@ -36,6 +36,7 @@ OPS = (
     "keys_between",
     "lower_gram",
     "ghost_norms",
+    "shares",
 )
 
 
@@ -393,16 +394,49 @@ def ghost(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
     return squares.sum(dim=1).clamp_(min=0).float()
 
 
+def direct(x: Tensor, g: Tensor) -> Tensor:
+    """As that of `kernels/gradients.py`, of float32; the same bits whatever the thread count."""
+    return _shares(x, g, None)
+
+
+def direct_with_gradient(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """As that of `kernels/gradients.py`, of float32; the same bits whatever the thread count."""
+    shape = g.shape[2], x.shape[2]
+    gradient = torch.empty(shape) if x.numel() and g.numel() else torch.zeros(shape)
+    return _shares(x, g, gradient), gradient
+
+
+def _shares(x: Tensor, g: Tensor, gradient: Tensor | None) -> Tensor:
+    squares = torch.zeros(x.shape[0], dtype=torch.float64)
+    if x.numel() and g.numel():
+        x, g = _with_adjacent_features(x), _with_adjacent_features(g)
+        job = _tokens(x, g)
+        job.rowwise = squares.data_ptr()
+        if gradient is not None:
+            job.values = gradient.data_ptr()
+        _call("shares", job)
+    return squares.float()
+
+
 def _call_grams(op: str, x: Tensor, g: Tensor | None, gram: Tensor | None, out: Tensor) -> None:
     if not x.numel() or (g is not None and not g.numel()):
         return
-    x = x if x.stride(2) == 1 else x.contiguous()
-    job = _Job(rows=x.shape[1], columns=x.shape[2], a=x.shape[0], weight=x.data_ptr(), values=out.data_ptr())
-    job.weight_column, job.weight_row, _ = x.stride()
-    if g is not None:
-        g = g if g.stride(2) == 1 else g.contiguous()
-        job.reference, job.b = g.data_ptr(), g.shape[2]
-        job.reference_column, job.reference_row, _ = g.stride()
+    x, g = _with_adjacent_features(x), None if g is None else _with_adjacent_features(g)
+    job = _tokens(x, g)
+    job.values = out.data_ptr()
     if gram is not None:
         job.norm = gram.data_ptr()
     _call(op, job)
+
+
+def _with_adjacent_features(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _tokens(x: Tensor, g: Tensor | None) -> _Job:
+    job = _Job(rows=x.shape[1], columns=x.shape[2], a=x.shape[0], weight=x.data_ptr())
+    job.weight_column, job.weight_row, _ = x.stride()
+    if g is not None:
+        job.reference, job.b = g.data_ptr(), g.shape[2]
+        job.reference_column, job.reference_row, _ = g.stride()
+    return job

@@ -2,6 +2,7 @@
 // namespace that already has keys64, compare64 and the other blocks of 64. No lambdas here: they would lose the namespace's target.
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Brings a block of weights that will be read soon, here or beyond the matrix, towards the cache.
 template <class T>

@@ -13,8 +13,8 @@ INLINE __m256 load(const BFloat16* p) {
 
 INLINE __m256 load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
-// sums of floats; of the products in grams.h so many lie in the 16 registers
-constexpr int64_t LANES = 8, SUM_ROWS = 3, SUM_COLUMNS = 4;
+// sums of floats; of the products in grams.h and shares.h so many lie in the 16 registers
+constexpr int64_t LANES = 8, SUM_ROWS = 3, SUM_COLUMNS = 4, SHARE_ROWS = 6;
 using Floats = __m256;
 
 INLINE Floats load_some(const float* p, int64_t n) {
@@ -25,6 +25,7 @@ INLINE Floats spread(float x) { return _mm256_set1_ps(x); }
 INLINE void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 INLINE Floats add_square(Floats sum, Floats x) { return _mm256_add_ps(sum, _mm256_mul_ps(x, x)); }
 INLINE Floats multiply_add(Floats x, Floats y, Floats sum) { return _mm256_fmadd_ps(x, y, sum); }
+INLINE Floats add(Floats x, Floats y) { return _mm256_add_ps(x, y); }
 INLINE float add_up(Floats x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));

@@ -15,8 +15,8 @@ INLINE __m512 load(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-// sums of floats; of the products in grams.h so many lie in the 32 registers
-constexpr int64_t LANES = 16, SUM_ROWS = 4, SUM_COLUMNS = 6;
+// sums of floats; of the products in grams.h and shares.h so many lie in the 32 registers
+constexpr int64_t LANES = 16, SUM_ROWS = 4, SUM_COLUMNS = 6, SHARE_ROWS = 14;
 using Floats = __m512;
 
 INLINE Floats load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
@@ -24,6 +24,7 @@ INLINE Floats spread(float x) { return _mm512_set1_ps(x); }
 INLINE void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 INLINE Floats add_square(Floats sum, Floats x) { return _mm512_add_ps(sum, _mm512_mul_ps(x, x)); }
 INLINE Floats multiply_add(Floats x, Floats y, Floats sum) { return _mm512_fmadd_ps(x, y, sum); }
+INLINE Floats add(Floats x, Floats y) { return _mm512_add_ps(x, y); }
 INLINE float add_up(Floats x) { return _mm512_reduce_add_ps(x); }
 
 struct Sum {

@@ -12,8 +12,8 @@ INLINE float widen(Float16 x) {
   return from_bits(bits | uint32_t(x.bits & 0x8000) << 16);
 }
 
-// sums of floats, and how many of them the products in grams.h take
-constexpr int64_t LANES = 4, SUM_ROWS = 2, SUM_COLUMNS = 4;
+// sums of floats, and how many of them the products in grams.h and shares.h take
+constexpr int64_t LANES = 4, SUM_ROWS = 2, SUM_COLUMNS = 4, SHARE_ROWS = 6;
 
 struct Floats {
   float lane[LANES];
@@ -44,6 +44,11 @@ INLINE Floats spread(float x) { return {{x, x, x, x}}; }
 INLINE Floats multiply_add(Floats x, Floats y, Floats sum) {
   for (int64_t j = 0; j < LANES; ++j) sum.lane[j] += x.lane[j] * y.lane[j];
   return sum;
+}
+
+INLINE Floats add(Floats x, Floats y) {
+  for (int64_t j = 0; j < LANES; ++j) x.lane[j] += y.lane[j];
+  return x;
 }
 
 INLINE float add_up(Floats x) { return (x.lane[0] + x.lane[1]) + (x.lane[2] + x.lane[3]); }

@@ -33,6 +33,7 @@ enum Op {
   KEYS_BETWEEN,
   LOWER_GRAM,
   GHOST_NORMS,
+  SHARES,
 };
 
 template <class T>
@@ -65,6 +66,8 @@ namespace portable {
 
 #include "grams.h"
 
+#include "shares.h"
+
 #include "ops.h"
 }  // namespace portable
 
@@ -82,6 +85,8 @@ namespace avx2 {
 
 #include "grams.h"
 
+#include "shares.h"
+
 #include "ops.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -96,6 +101,8 @@ namespace avx512 {
 #include "select.h"
 
 #include "grams.h"
+
+#include "shares.h"
 
 #include "ops.h"
 }  // namespace avx512
@@ -127,7 +134,7 @@ void hftcore_use_team(hftcore::Team team) { hftcore::team = team; }
 
 // 0, or 1 when memory could not be had (nothing was changed), or 2 for an unknown op
 int hftcore_run(int simd, int op, const hftcore::Job* job) {
-  if (op < 0 || op > hftcore::GHOST_NORMS || simd < 0 || simd > hftcore_best_simd()) return 2;
+  if (op < 0 || op > hftcore::SHARES || simd < 0 || simd > hftcore_best_simd()) return 2;
 #ifdef HFTCORE_X86
   if (simd == 2) return hftcore::avx512::run(op, *job) ? 0 : 1;
   if (simd == 1) return hftcore::avx2::run(op, *job) ? 0 : 1;

@@ -546,6 +546,7 @@ inline bool run_typed(int op, const Job& job) {
 
 inline bool run(int op, const Job& job) {
   if (op == LOWER_GRAM || op == GHOST_NORMS) return run_grams(op == GHOST_NORMS, job);
+  if (op == SHARES) return run_shares(job);
   if (op == MASK_COUNTS) return parallel(job.rows, job.columns / 8, 1, job.threads, 0, mask_counts, &job);
   if (op == FINGERPRINT) {
     int64_t pieces = (job.a + job.b - 1) / job.b;

@@ -17,9 +17,9 @@ def dense(name: str, value: object) -> None:
         raise HftcoreError(f"{name} must be a dense tensor, got one of layout {value.layout}")
 
 
-def model(value: object) -> None:
+def model(value: object, name: str = "model") -> None:
     if not isinstance(value, nn.Module):
-        raise HftcoreError(f"model must be a torch.nn.Module, got {type(value).__name__}")
+        raise HftcoreError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def floating(name: str, tensor: Tensor) -> None:

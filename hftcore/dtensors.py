@@ -12,7 +12,7 @@ from hftcore.distributed import Cutting, Shard, sharded_masks
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
 from hftcore.layers import Targets
-from hftcore.matching import energy_layers
+from hftcore.matching import energy_layers, refuse_unmeasured
 from hftcore.pattern import Pattern
 from hftcore.ranks import reduce
 
@@ -84,6 +84,7 @@ def prune_sharded(
     """
     pattern = Pattern.of(pattern)
     layers = sorted(energy_layers(model, energy, targets, exclude), key=lambda layer: layer.tensor)
+    refuse_unmeasured(energy)
     if fused := [layer.tensor for layer in layers if layer.is_fused]:
         raise HftcoreError(f"fused experts are not there for sharded models, got {fused[0]}; exclude them")
     held = [shard_of(layer.weight, energy[layer.name]) for layer in layers]

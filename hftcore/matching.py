@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from hftcore import checks
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
 from hftcore.layers import Layer, Targets, find_layers
@@ -38,6 +39,14 @@ def energy_layers(
     return layers
 
 
+def refuse_unmeasured(energy: Energy) -> None:
+    """Refuse an energy that knows of no token at all: it would rank every weight by its position alone."""
+    if not any(bool(value.any()) for value in energy.values()):
+        raise HftcoreError(
+            "energy is zero in every layer, as if no token had been counted; calibrate on data, or run the model inside capture_energy"
+        )
+
+
 def check_energy(energy: Energy, layers: Sequence[Layer], name: str = "energy") -> None:
     """Refuse an energy that lacks one of the layers, or has it in another size; the message calls it `name`."""
     for layer in layers:
@@ -54,8 +63,9 @@ def reference_weights(reference: nn.Module, layers: Sequence[Layer]) -> dict[str
     """Tensor name -> the stored weight of `reference` that stands for it, one for each of the layers.
 
     Raises:
-        HftcoreError: `reference` has no such parameter, or it is of another shape or dtype.
+        HftcoreError: `reference` is no module, has no such parameter, or one of another shape or dtype.
     """
+    checks.model(reference, "reference")
     stored = dict(reference.named_parameters(remove_duplicate=False))
     found = {}
     for layer in layers:

@@ -16,7 +16,7 @@ from hftcore.edit import Edit, apply_tensor_, matrices, record, revert_tensor_
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.layers import Layer, Targets, find_layers
-from hftcore.matching import check_energy, energy_layers, reference_weights
+from hftcore.matching import check_energy, energy_layers, reference_weights, refuse_unmeasured
 from hftcore.pattern import Pattern
 from hftcore.selection import Part, find_cut
 from hftcore.sequential import blockwise_energy
@@ -32,7 +32,7 @@ def prune(
     reference: nn.Module | None = None,
     score: Score = "wanda",
     seed: int = 0,
-    minus: tuple[Energy, Pattern] | None = None,
+    minus: tuple[Energy, Pattern | str] | None = None,
     targets: Targets | None = None,
     exclude: Targets | None = None,
     sequential: bool = False,
@@ -62,7 +62,8 @@ def prune(
         An Edit, on the CPU: one bit for each weight of the pruned layers and the original value of each removed one.
 
     Raises:
-        HftcoreError: energies that fit no layer, a pattern that fits no shape, NaN or infinity (named by layer and index).
+        HftcoreError: energies that fit no layer or are zero in all, a pattern that fits no shape, NaN or infinity (named by layer and
+            index).
 
     Source: score and row scope of Sun et al. 2023 (arXiv:2306.11695); `minus` is the set difference of Wei et al. 2024
     (arXiv:2402.05162), here on Wanda scores; `reference` is this project's own.
@@ -92,6 +93,8 @@ def prune(
         )
     if isinstance(energy, Energy):
         layers = energy_layers(model, energy, targets, exclude)
+        if score == "wanda":
+            refuse_unmeasured(energy)
     else:
         layers = find_layers(model, "all-linear" if targets is None else targets, exclude)
     others = None if reference is None else reference_weights(reference, layers)
@@ -101,6 +104,7 @@ def prune(
             stacklevel=2,
         )
     if minus is not None:
+        minus = _benign(minus)
         check_energy(minus[0], layers, "minus")
     edit = Edit(recipe=_recipe(pattern, score, seed, reference, minus, sequential, tokens))
     job = _Job(model, edit, pattern, others, score, seed, minus)
@@ -112,6 +116,12 @@ def prune(
                 job.prune(block, measured)
     job.tell_idle()
     return edit
+
+
+def _benign(minus: tuple[Energy, Pattern | str]) -> tuple[Energy, Pattern]:
+    if not (isinstance(minus, tuple) and len(minus) == 2 and isinstance(minus[0], Energy)):
+        raise HftcoreError(f"minus must be (Energy, Pattern) of benign data, got {type(minus).__name__} {minus!r:.60}")
+    return minus[0], Pattern.of(minus[1])
 
 
 def _recipe(

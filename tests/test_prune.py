@@ -173,6 +173,28 @@ def test_an_interrupt_half_way_undoes_what_was_done(monkeypatch):
     assert same(state(model), before)
 
 
+@pytest.mark.parametrize("remove", ["lowest", "highest"])
+def test_an_energy_that_no_token_reached_is_refused(remove):
+    model = Net()
+    before = state(model)
+    with hftcore.capture_energy(model) as energy:
+        pass
+    with pytest.raises(hftcore.HftcoreError, match="energy is zero in every layer"):
+        hftcore.prune(model, energy, Pattern("50%", remove=remove))
+    assert same(state(model), before)
+    hftcore.prune(model, energy, Pattern("50%"), score="magnitude")
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix", "model"])
+def test_a_reference_that_is_not_finite_is_named(scope):
+    model, other = Net(), Net()
+    other.second.weight.data[3, 2] = float("nan")
+    before = state(model)
+    with pytest.raises(hftcore.NonFiniteError, match=r"second\.weight: reference\[3, 2\] = nan"):
+        hftcore.prune(model, measured(model), Pattern("50%", scope=scope), reference=other)
+    assert same(state(model), before)
+
+
 def test_an_energy_of_another_model_is_refused():
     model = Net()
     with pytest.raises(hftcore.HftcoreError, match="third"):

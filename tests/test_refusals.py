@@ -11,6 +11,7 @@ HALF = Pattern("50%")
 ONES = torch.ones(4)
 SQUARE = torch.eye(4)
 LAYER = nn.Linear(4, 4)
+ENERGY = hftcore.Energy({"": ONES})
 
 
 def enter(context):
@@ -43,6 +44,17 @@ def enter(context):
         (lambda: hftcore.calibrate(LAYER, None), "batches must be an iterable of dicts of tensors, got NoneType"),
         (lambda: hftcore.antidote(None, []), "model must be a torch.nn.Module"),
         (lambda: hftcore.prune("model", None, HALF, score="magnitude"), "model must be a torch.nn.Module, got str"),
+        (lambda: hftcore.antidote(LAYER, None, 1.5), "dense_ratio: sparsity must be a share in .* got 1.5"),
+        (
+            lambda: hftcore.antidote(LAYER, ENERGY, 0.1, benign_batches=ENERGY, benign_ratio=-1),
+            "benign_ratio: .* got -1",
+        ),
+        (
+            lambda: hftcore.prune(LAYER, ENERGY, HALF, reference="aligned"),
+            "reference must be a torch.nn.Module, got str",
+        ),
+        (lambda: hftcore.prune(LAYER, ENERGY, HALF, minus=ENERGY), r"minus must be \(Energy, Pattern\) .* got Energy"),
+        (lambda: hftcore.prune(LAYER, ENERGY, HALF, minus=(ENERGY, 0.5)), "pattern must be a Pattern or its text"),
         (lambda: hftcore.panacea_perturb(None, [], 1.0), "model must be a torch.nn.Module"),
         (lambda: enter(hftcore.capture_grad_norms(None)), "model must be a torch.nn.Module"),
         (lambda: enter(hftcore.capture_energy(None)), "model must be a torch.nn.Module"),

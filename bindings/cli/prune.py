@@ -173,7 +173,7 @@ def antidote(
     more: More = None,
     data: Data = None,
     dense_ratio: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the weights removed: the highest scores of each row.")
+        float, typer.Option(help="Share of the weights removed, in [0, 1]: the highest scores of each row.")
     ] = 0.1,
     energy: EnergyFile = None,
     reference: Reference = None,
@@ -202,6 +202,8 @@ def antidote(
     from hftcore.bindings.commands import run_antidote
     from hftcore.bindings.jobs import Job
 
+    if not 0 <= dense_ratio <= 1:
+        raise typer.BadParameter(f"--dense-ratio must be a share in [0, 1], got {dense_ratio}")
     if not adapters and (more or workers != 1 or on_ray or resume):
         raise typer.BadParameter("several adapters, --workers, --ray and --resume go with --adapters")
     job = Job(

@@ -77,6 +77,7 @@ def antidote(
     >>> edit.removed
     2
     """
+    _check_share("dense_ratio", dense_ratio)
     pattern = Pattern(dense_ratio, scope=scope, remove=remove)
     checks.model(model)
     chosen = default_targets(model) if targets is None else targets
@@ -92,6 +93,8 @@ def antidote(
         batches = harmful_batches if score == "wanda" else None
     if benign_ratio is not None and benign_batches is None:
         raise HftcoreError("benign_ratio needs benign_batches")
+    if benign_ratio is not None:
+        _check_share("benign_ratio", benign_ratio)
     if reference is not None:
         reference_weights(reference, layers)
     elif remove == "highest" and score != "random" and not all("lora_" in layer.name for layer in layers):
@@ -124,6 +127,13 @@ def antidote(
         if not isinstance(harmful_batches, Energy):
             edit.recipe["tokens"] = tokens
     return edit
+
+
+def _check_share(name: str, share: float) -> None:
+    try:
+        Pattern(share)
+    except HftcoreError as error:
+        raise HftcoreError(f"{name}: {error}") from None
 
 
 def default_targets(model: nn.Module) -> str:

@@ -179,6 +179,10 @@ def _nonfinite(part: Part) -> NonFiniteError:
         bad = (key >= meaning.FINITE).nonzero()
         if len(bad):
             column = int(bad[0])
+            if reference is not None and not reference[0, column].isfinite():
+                return NonFiniteError(
+                    f"reference[{row}, {column}] = {float(reference[0, column])} is NaN or infinite; nothing was changed"
+                )
             return NonFiniteError(
                 f"weight[{row}, {column}] = {float(part.weight[row, column])} has a score that is NaN or infinite "
                 f"(norm of its input {float(part.norm[column])}); nothing was changed"

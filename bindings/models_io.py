@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hftcore.bindings.checkpoints.edits import names_on_disk
+from hftcore.bindings.checkpoints.manifest import EDIT, describe, describe_edit, write_manifest
 from hftcore.bindings.checkpoints.stored import DTYPES, list_tensors
 from hftcore.bindings.output import check_output
 from hftcore.errors import HftcoreError
@@ -65,7 +66,8 @@ def load_model(
 def save_model(
     model: Any, tokenizer: Any, out: str | Path, sources: tuple[str | Path, ...] = (), edit: Any = None
 ) -> Path:
-    """Write a model or adapter, its tokenizer and, in `edit/`, the Edit that led to it. `out` is complete or absent.
+    """Write a model or adapter, its tokenizer and, in `edit/`, the Edit that led to it, with a manifest that `hftcore verify` reads. `out`
+    is complete or absent.
 
     Args:
         model: a `PreTrainedModel`, or a `PeftModel`, of which only the adapter is written.
@@ -90,7 +92,9 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         if edit is not None:
-            edit.save(work / "edit")
+            files = {file.relative_to(work).as_posix(): describe(file) for file in work.rglob("*") if file.is_file()}
+            edit.save(work / EDIT)
+            write_manifest(work, files | describe_edit(work), EDIT)
     return target
 
 

@@ -29,6 +29,7 @@ from hftcore.bindings.adapters.crews import processes
 from hftcore.bindings.adapters.folders import REPORT, find_adapters, reserved
 from hftcore.bindings.adapters.ray_crew import actors
 from hftcore.bindings.adapters.workshop import Task, Work
+from hftcore.bindings.checkpoints.manifest import MANIFEST
 from hftcore.bindings.cli.app import app
 from hftcore.bindings.jobs import Job
 
@@ -116,8 +117,9 @@ def report(out):
 
 
 def contents(folder):
-    """Relative path -> bytes; PEFT writes sets of names in an order that changes from process to process."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Relative path -> bytes; PEFT writes sets of names in an order that changes from process to process, and so do their digests."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
     if "adapter_config.json" in found:
         config = json.loads(found["adapter_config.json"])
         found["adapter_config.json"] = {

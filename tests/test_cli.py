@@ -118,6 +118,29 @@ def test_the_edit_beside_the_model_leads_back(world, tmp_path):
     assert digests(tmp_path / "original") == digests(world / "model")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("wanda", "model"),
+        ("wanda", "model", "--sparsity", "2:4", "--dtype", "bfloat16"),
+        ("antidote", "adapter"),
+        ("antidote", "adapter", "--reference", "aligned"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_written_from_memory_can_be_verified(world, tmp_path, command):
+    name, *rest = command
+    rest = [world / word if word in ("model", "adapter", "aligned") else word for word in rest]
+    succeeded(name, *rest, "--data", world / "data.jsonl", "--out", tmp_path / "out")
+    assert "is whole" in succeeded("verify", tmp_path / "out")
+    weights = next((tmp_path / "out").glob("*model.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, out, _ = hftcore_command("verify", tmp_path / "out")
+    assert (code, out.count("differs")) == (1, 1)
+
+
 def test_antidote_repairs_an_adapter_and_leaves_an_adapter(world, tmp_path):
     out = tmp_path / "out"
     options = ["--data", world / "data.jsonl", "--dense-ratio", "0.25", "--device", "cpu", "--json"]
@@ -404,6 +427,13 @@ def test_a_wrong_flag_is_a_usage_error(world, tmp_path, flags):
     )
     assert (code, out) == (2, "")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ratio", ["1.5", "-0.1", "nan"])
+def test_a_dense_ratio_that_is_no_share_is_told_with_what_was_got(world, tmp_path, ratio):
+    code, out, err = hftcore_command("antidote", world / "adapter", f"--dense-ratio={ratio}", "--out", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert f"--dense-ratio must be a share in [0, 1], got {ratio}" in err
 
 
 def test_an_adapter_needs_a_base_it_can_find(world, tmp_path):

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from hftcore.bindings.checkpoints.stored import StoredTensor, read_header
+from hftcore.edit import CONFIG, TENSORS
 from hftcore.errors import HftcoreError
 
 MANIFEST = "hftcore_manifest.json"
+EDIT = "edit"  # the Edit's folder inside the model's
 FORMAT = 1
 CHUNK = 1 << 20
 
@@ -64,6 +66,18 @@ def describe(file: Path) -> dict[str, Any]:
             "header": _digest(content, header),
             "tensors": {name: _digest(content, place.stop - place.start) for name, place in places},
         }
+
+
+def describe_edit(folder: Path) -> dict[str, Any]:
+    """What `write_manifest` takes of the Edit in a model's folder.
+
+    Its fingerprints vouch for the values, so of those only the size is told: to read them again would take as long as to write them.
+    """
+    place = folder / EDIT
+    return {
+        f"{EDIT}/{TENSORS}": {"bytes": (place / TENSORS).stat().st_size},
+        f"{EDIT}/{CONFIG}": describe(place / CONFIG),
+    }
 
 
 def in_order(tensors: dict[str, StoredTensor]) -> list[tuple[str, StoredTensor]]:

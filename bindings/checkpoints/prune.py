@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hftcore import ops
-from hftcore.bindings.checkpoints.manifest import describe, write_manifest
+from hftcore.bindings.checkpoints.manifest import EDIT, describe_edit, write_manifest
 from hftcore.bindings.checkpoints.pieces import Piece, find_pieces
 from hftcore.bindings.checkpoints.rewrite import Changes, change_only, rewrite_files, signature
 from hftcore.bindings.checkpoints.select import Selection
@@ -18,17 +18,15 @@ from hftcore.bindings.checkpoints.skeleton import load_skeleton
 from hftcore.bindings.checkpoints.stored import StoredTensor, list_tensors
 from hftcore.bindings.checkpoints.threshold import Source
 from hftcore.bindings.output import check_output
-from hftcore.edit import CONFIG, TENSORS, Edit
+from hftcore.edit import Edit
 from hftcore.edit_writer import EditWriter, Slot
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
 from hftcore.layers import Layer, Targets, find_layers
-from hftcore.matching import energy_layers
+from hftcore.matching import energy_layers, refuse_unmeasured
 from hftcore.ops.fingerprints import fingerprint_text
 from hftcore.pattern import Pattern
 from hftcore.resumable import Resumable, resumable_folder
-
-EDIT = "edit"  # the Edit's folder inside the model's
 
 
 def prune_folder(
@@ -76,6 +74,8 @@ def prune_folder(
     pieces = {layer.tensor: _pieces(layer, stored) for layer in layers}
     others = None if reference is None else _others(layers, pieces, list_tensors(reference))
     measured = energy if score == "wanda" else None
+    if measured is not None:
+        refuse_unmeasured(measured)
     idle = [label for layer in layers for label in (measured.idle(layer.name).values() if measured else ())]
     sources = _sources(layers, pieces, others, measured, pattern)
     told: dict[str, Any] = {"method": "prune", "pattern": str(pattern), "score": score}
@@ -141,9 +141,7 @@ def _write(
         return writer.edit(recipe, fingerprints)
     files = rewrite_files(source, stored, work, changes, writer.settle, keeps_edit=False)
     written = writer.finish(recipe, fingerprints)
-    # its fingerprints vouch for the values: to read them again would take as long as to write them
-    files[f"{EDIT}/{TENSORS}"] = {"bytes": writer.file.stat().st_size}
-    files[f"{EDIT}/{CONFIG}"] = describe(work.folder / EDIT / CONFIG)
+    files |= describe_edit(work.folder)
     work.finish("manifest", None, [*written, write_manifest(work.folder, files, EDIT)])
     return writer.edit(recipe, fingerprints)
 

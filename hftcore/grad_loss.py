@@ -33,7 +33,7 @@ class SampleLoss:
         """Note the shape of the batch and its labels from the arguments of the model's forward.
 
         Raises:
-            HftcoreError: no tensor, or labels missing or of another shape.
+            HftcoreError: no tensor, labels missing or of another shape, or a load-balancing loss beside that of the labels.
         """
         names = inspect.signature(module.forward).parameters
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -43,6 +43,7 @@ class SampleLoss:
             raise HftcoreError(f"the model must be called with a tensor such as input_ids, got {sorted(inputs)}")
         shape = x.shape[0], x.shape[1] if x.dim() > 1 + x.is_floating_point() else 1
         if self.kind != "share":
+            _refuse_balancing(module, inputs)
             self._counts = self._count(inputs, shape)
         self._total = inputs.get("num_items_in_batch")
         self.samples, self.tokens = shape
@@ -72,3 +73,14 @@ class SampleLoss:
                 'for another loss take loss="share"'
             )
         return ((labels if shifted is not None else labels[:, 1:]) != -100).sum(dim=1)
+
+
+def _refuse_balancing(module: nn.Module, inputs: Mapping[str, Any]) -> None:
+    config: Any = next((part.config for part in module.modules() if hasattr(part, "config")), None)
+    asked = inputs.get("output_router_logits")
+    is_added = getattr(config, "output_router_logits", False) if asked is None else asked
+    if is_added and getattr(config, "router_aux_loss_coef", 0):
+        raise HftcoreError(
+            "the model adds a load-balancing loss (output_router_logits=True), which mixes samples, so none has a gradient of its own; "
+            "set model.config.output_router_logits = False"
+        )

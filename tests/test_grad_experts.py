@@ -131,6 +131,19 @@ def test_llama_4_is_right_but_for_its_experts_which_are_refused_by_name():
     assert_plain_gradients(model, one, gradients(model))
 
 
+@pytest.mark.parametrize("asked", ["by the configuration", "in the call"])
+def test_load_balancing_losses_are_refused(asked):
+    model, one = moe("mixtral"), batch((7, 4))
+    if asked == "in the call":
+        one["output_router_logits"] = True
+    else:
+        model.config.output_router_logits = True
+    with pytest.raises(HftcoreError, match=r"load-balancing loss .* mixes samples"):
+        run(model, one)
+    model.config.router_aux_loss_coef = model.router_aux_loss_coef = 0.0
+    run(model, one)
+
+
 class OddRouter(nn.Module):
     def __init__(self):
         super().__init__()

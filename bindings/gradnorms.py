@@ -117,6 +117,8 @@ def run_gradnorms(
         check_output(plot, sources, "--plot", is_file=True)
         if plot.resolve() == job.out.resolve():
             raise HftcoreError(f"--plot must be another file than --out, got {plot} twice")
+        if plot.suffix.lower() != ".png":
+            raise HftcoreError(f"--plot must end in .png, which is what is drawn, got {plot}")
         if importlib.util.find_spec("matplotlib") is None:
             raise HftcoreError('--plot needs matplotlib, which is not installed: pip install "hftcore[plots]"')
     files = [Path(str(job.data))] + ([against] if against is not None else [])

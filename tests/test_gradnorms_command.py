@@ -96,6 +96,7 @@ def test_command_as_json(world, tmp_path):
         (["--over", "lora"], "--over lora needs an adapter"),
         (["--against", "data"], "--against must be another file than --data"),
         (["--plot", "out"], "--plot must be another file than --out"),
+        (["--plot", "norms.svg"], "--plot must end in .png"),
         (["--max-seq-length", "1"], "no sample has a response token within max_length=1"),
     ],
 )

@@ -1,6 +1,5 @@
 """Training steps of the defences: what each costs beside a plain one of the same batch, in time and in copies of the trained weights."""
 
-import ctypes
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,8 +15,6 @@ from hftcore.bindings.training import PAPERS_LORA
 from hftcore.edit import Edit
 
 SFT_STEP = "one plain SFT step"
-# M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX of malloc.h, to keep all; and what they come to by themselves where much is freed
-MALLOC_OPTIONS = ((-1, 2**30, 2**26), (-3, 2**25, 2**25), (-4, 0, 2**16))
 
 
 @dataclass(frozen=True)
@@ -67,11 +64,9 @@ def defence_job(defence: Defence) -> Callable[[str, torch.dtype, torch.device], 
     """Prepares a step of a randomly initialised Llama; half of each sample is prompt."""
 
     def prepare(shape: str, dtype: torch.dtype, device: torch.device) -> Job:
-        _hold_memory(True)
         ours, plain = (_Runner(one, shape, dtype, device) for one in (defence, Defence("", "sft", lora=defence.lora)))
 
         def close() -> None:
-            _hold_memory(False)
             for runner in (ours, plain):
                 runner.folder.cleanup()
 
@@ -85,6 +80,7 @@ def defence_job(defence: Defence) -> Callable[[str, torch.dtype, torch.device], 
             ceilings={SFT_STEP: plain.step},
             is_long=shape != "tiny-llama",
             rounds=5,
+            holds_memory=True,
             close=close,
         )
 
@@ -147,18 +143,6 @@ def _with_lora(model: Any) -> Any:
         raise UnavailableError('PEFT is not installed; run: pip install "hftcore[peft]"') from None
     settings: dict[str, Any] = dict(PAPERS_LORA)
     return get_peft_model(model, LoraConfig(**settings))
-
-
-def _hold_memory(is_held: bool) -> None:
-    """Let malloc keep what is freed, or give it back again.
-
-    glibc returns large pieces and the top of the heap to the system, to be taken anew page by page. With two models in a process only
-    one of them works at the top, so a tenth of a step would depend on which; in a process of its own either pays.
-    """
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is None:
-        return
-    for option, held, returned in MALLOC_OPTIONS:
-        mallopt(option, held if is_held else returned)
 
 
 def _check_loss(loss: torch.Tensor) -> None:

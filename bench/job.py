@@ -112,6 +112,7 @@ class Job:
         compiled: peers that a compiler makes of plain code: another answer is the compiler's, and shown, not an error of the suite.
         inner: calls in a row for one time.
         rounds: so many in place of the run's, for jobs of many seconds or of microseconds.
+        holds_memory: whether freed memory is kept by the process while it is timed, as a long training comes to by itself.
         is_long: of many seconds, so no call is made only to warm up.
         close: called when the job is done with.
     """
@@ -127,6 +128,7 @@ class Job:
     compiled: Collection[str] = ()
     inner: int = 1
     rounds: int | None = None
+    holds_memory: bool = False
     is_long: bool = False
     close: Callable[[], None] = lambda: None
 

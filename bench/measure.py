@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from hftcore.bench import scaling
 from hftcore.bench.cases import CASES
 from hftcore.bench.graphs import kernels_alone
 from hftcore.bench.job import QUICK, Job, UnavailableError, shape_of
-from hftcore.bench.memory import extra_bytes
+from hftcore.bench.memory import HELD, extra_bytes, freed_memory
 from hftcore.bench.results import RUN, Measurement
 from hftcore.bench.timing import Canary, Clock, Neighbours, interleave, is_noisy, summary
 from hftcore.bench.worker import Remote, WorkerError
@@ -164,7 +165,8 @@ def _measured(
     clock = Clock(device)
     canary, neighbours = Canary(clock), Neighbours()
     rounds, inner = (1, 1) if effort.is_rehearsal else (job.rounds or effort.rounds, job.inner)
-    times = interleave(variants, clock, job.restore, rounds, effort.budget_s, inner, canary)
+    with freed_memory(HELD) if job.holds_memory else nullcontext():
+        times = interleave(variants, clock, job.restore, rounds, effort.budget_s, inner, canary)
     job.restore()
     size = shape_of(shape, dtype)
     work = CASES[name].work

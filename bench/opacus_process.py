@@ -43,7 +43,7 @@ def prepare(folder: Path, request: dict[str, Any]) -> Job:
             parameter.grad_sample = None
             parameter._norm_sample = None
 
-    return Job(ours=step, peers={}, restore=restore, agrees=torch.equal)
+    return Job(ours=step, peers={}, restore=restore, agrees=torch.equal, holds_memory=True)
 
 
 if __name__ == "__main__":

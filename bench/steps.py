@@ -80,6 +80,7 @@ def step_job(step: Step) -> Callable[[str, torch.dtype, torch.device], Job]:
             agrees=lambda ours, theirs: torch.allclose(ours, theirs.to(ours), rtol=1e-3),
             ceilings={PLAIN_STEP: plain},
             rounds=3 if length > 128 else 5,
+            holds_memory=True,
             is_long=length > 128,
             close=close,
         )

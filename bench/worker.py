@@ -12,14 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hftcore.bench.job import Job
-from hftcore.bench.memory import extra_bytes
+from hftcore.bench.memory import HELD, extra_bytes, freed_memory
 from hftcore.bench.timing import Clock
 
 PATIENCE_S = 10  # for a process to end by itself once its input is closed
@@ -156,12 +156,16 @@ def serve(prepare: Callable[[dict[str, Any]], Job]) -> None:
     os.dup2(2, 1)
     clock = Clock(torch.device("cpu"))
     jobs: dict[str, Job] = {}
+    kept = ExitStack()
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if request["do"] == "prepare":
                 torch.set_num_threads(request["threads"])
                 jobs[request["job"]] = job = prepare(request)
+                # once for all that is timed here: this process does nothing else
+                if job.holds_memory:
+                    kept.enter_context(freed_memory(HELD))
                 reply: dict[str, Any] = {"rounds": job.rounds}
             elif request["do"] == "forget":
                 jobs.pop(request["job"]).close()

@@ -230,6 +230,10 @@ def test_extra_memory_is_what_a_call_takes_for_a_while(monkeypatch, sampled):
         monkeypatch.setattr(memory.Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError))
     assert 60 << 20 < memory.extra_bytes(take, CPU) < 80 << 20
     assert memory.extra_bytes(lambda: None, CPU) < 4 << 20
+    # what was freed before, and kept for later, is not taken for memory that the call needs none of
+    with memory.freed_memory(memory.HELD):
+        take()
+        assert 60 << 20 < memory.extra_bytes(take, CPU) < 80 << 20
 
 
 def test_a_result_file_keeps_the_last_run_of_each_case(tmp_path):

@@ -74,6 +74,10 @@ def calls(dtype: torch.dtype) -> dict[str, Counted]:
         found |= {
             f"lower_gram of {TOKENS} tokens": Counted(lambda: native.lower_gram(x), x.numel()),
             f"ghost norms of {TOKENS} tokens": Counted(lambda: native.ghost(x, g), x.numel() + g.numel()),
+            f"direct norms of {TOKENS} tokens": Counted(lambda: native.direct(x, g), x.numel() + g.numel()),
+            f"direct norms and gradient of {TOKENS} tokens": Counted(
+                lambda: native.direct_with_gradient(x, g), x.numel() + g.numel()
+            ),
         }
     return found
 

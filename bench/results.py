@@ -30,7 +30,7 @@ class Measurement:
         times_ms: by round; round i of all variants of a case ran together.
         bytes_moved, products: what an ideal kernel moves and multiplies for this case, or None.
         extra_bytes: peak memory above the start, or None where it is not known.
-        canary: slowdown of a fixed computation timed along; neighbours: cores other processes kept busy, or None.
+        canary: slowdown of a fixed computation timed along, 1 where none was; neighbours: cores other processes kept busy, or None.
         instructions: for each element of the input, of what is "counted".
     """
 

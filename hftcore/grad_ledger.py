@@ -40,6 +40,11 @@ class Ledger:
         if ids is not None:
             self._ids.setdefault(rule.key("weight"), []).append(ids)
 
+    def looked_up(self, name: str) -> Tensor | None:
+        """The rows of a matrix that embeddings looked up, if nothing else was called with it."""
+        ids = self._ids.get(name, [])
+        return torch.cat([own.flatten() for own in ids]) if ids and len(ids) == self._calls[name] else None
+
     def record(self, rule: Rule, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         """Take the pair of one call, x [B, T, N] (ids [B, T]) and g [B, T, M]; returns the gradients that are not autograd's to form.
 

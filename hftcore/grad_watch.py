@@ -16,7 +16,7 @@ from hftcore.grad_experts import ExpertsRule, Pool, by_sample
 from hftcore.grad_find import find_rules
 from hftcore.grad_ledger import Ledger
 from hftcore.grad_loss import SampleLoss
-from hftcore.grad_rules import EmbeddingRule, RouterRule, Rule
+from hftcore.grad_rules import EmbeddingRule, LinearRule, RouterRule, Rule
 from hftcore.layers import Layer, adapters, body
 from hftcore.shards import is_sharded
 
@@ -43,6 +43,10 @@ class Watch:
         self._depth = 0
         self._is_evaluation = False
         self._pools: dict[Layer, Pool] = {}
+        self._tied = self._matrices(EmbeddingRule) & self._matrices(LinearRule)
+
+    def _matrices(self, kind: type[Rule]) -> set[str]:
+        return {name for rule in self.rules if isinstance(rule, kind) for name in rule.parameters.values()}
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -220,8 +224,16 @@ class Watch:
             )
 
     def _touch(self, name: str, grad: Tensor | None) -> None:
-        if grad is not None:
-            self.touched.add(name)
+        if grad is None:
+            return
+        self.touched.add(name)
+        ids = self.ledger.looked_up(name) if name in self._tied and not is_sharded(grad) else None
+        # a head leaves something in every row, a fused loss that took its weight and did not call it too
+        if ids is not None and bool(torch.linalg.vector_norm(grad, torch.inf, dim=1).index_fill_(0, ids, 0).any()):
+            raise HftcoreError(
+                f"parameter {name!r} is an embedding and a head, and got a gradient in rows that were not looked up though the head was "
+                "not called: a loss used its weight, which its norm would miss; call the head, or freeze it"
+            )
 
     def take(self, call: Call, x: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
         """Tell the ledger; returns the gradients of the rule's parameters, None where autograd forms them, or nobody."""

@@ -542,6 +542,27 @@ def test_matrix_used_outside_its_module_is_refused_when_seen():
         model(torch.ones(2, 3)).sum().backward()
 
 
+def test_a_fused_loss_on_the_weight_of_a_tied_head_is_refused_and_no_loss_on_it_is_right():
+    model, one = tiny_model("llama-tied"), batch((7, 4))
+
+    def hidden(of):
+        return of.model(input_ids=one["input_ids"], attention_mask=one["attention_mask"]).last_hidden_state
+
+    with (
+        pytest.raises(HftcoreError, match=r"'model.embed_tokens.weight' is an embedding and a head.*call the head"),
+        capture_grad_norms(model, loss="share"),
+    ):
+        nn.functional.linear(hidden(model), model.lm_head.weight).logsumexp(-1).sum().backward()
+    with capture_grad_norms(model, loss="share") as norms:
+        hidden(model).square().sum().backward()
+    judge = copy.deepcopy(model).double()
+    for row in range(2):
+        judge.zero_grad()
+        hidden(judge)[row].square().sum().backward()
+        want = torch.stack([p.grad.norm() for p in judge.parameters()]).norm()
+        torch.testing.assert_close(norms.per_sample[row].double(), want, rtol=RTOL, atol=0)
+
+
 def test_layer_that_cannot_tell_samples_apart_is_refused():
     model = nn.Sequential(nn.Linear(3, 3), nn.Flatten(0, 1), nn.Unflatten(0, (3, 2)), nn.Linear(3, 1))
     with pytest.raises(HftcoreError, match="module '3' saw an input of shape"), capture_grad_norms(model, loss="share"):

@@ -3,7 +3,6 @@
 import gc
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from hftcore.bench import scaling
 from hftcore.bench.cases import CASES
 from hftcore.bench.graphs import kernels_alone
 from hftcore.bench.job import QUICK, Job, UnavailableError, shape_of
-from hftcore.bench.memory import HELD, extra_bytes, freed_memory
+from hftcore.bench.memory import HELD, RETURNED, USUAL, extra_bytes, freed_memory
 from hftcore.bench.results import RUN, Measurement
 from hftcore.bench.timing import Canary, Clock, Neighbours, interleave, is_noisy, summary
 from hftcore.bench.worker import Remote, WorkerError
@@ -138,11 +137,13 @@ def measure(name: str, shape: str, dtype: torch.dtype, device: torch.device, eff
         UnavailableError: the case cannot run here.
         DisagreementError: an answer is wrong; nothing was timed.
     """
-    job = CASES[name].prepare(shape, dtype, device)
-    try:
-        return _measured(job, name, shape, dtype, device, effort)
-    finally:
-        job.close()
+    # from the beginning: what is in the heap already is used again, and returned by nobody
+    with freed_memory(RETURNED):
+        job = CASES[name].prepare(shape, dtype, device)
+        try:
+            return _measured(job, name, shape, dtype, device, effort)
+        finally:
+            job.close()
 
 
 def _measured(
@@ -165,7 +166,7 @@ def _measured(
     clock = Clock(device)
     canary, neighbours = Canary(clock), Neighbours()
     rounds, inner = (1, 1) if effort.is_rehearsal else (job.rounds or effort.rounds, job.inner)
-    with freed_memory(HELD) if job.holds_memory else nullcontext():
+    with freed_memory(HELD if job.holds_memory else USUAL):
         times = interleave(variants, clock, job.restore, rounds, effort.budget_s, inner, canary)
     job.restore()
     size = shape_of(shape, dtype)

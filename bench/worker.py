@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from hftcore.bench.job import Job
-from hftcore.bench.memory import HELD, extra_bytes, freed_memory
+from hftcore.bench.memory import HELD, RETURNED, USUAL, extra_bytes, freed_memory
 from hftcore.bench.timing import Clock
 
 PATIENCE_S = 10  # for a process to end by itself once its input is closed
@@ -156,21 +156,22 @@ def serve(prepare: Callable[[dict[str, Any]], Job]) -> None:
     os.dup2(2, 1)
     clock = Clock(torch.device("cpu"))
     jobs: dict[str, Job] = {}
-    kept = ExitStack()
+    freed = ExitStack()
+    freed.enter_context(freed_memory(RETURNED))
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if request["do"] == "prepare":
                 torch.set_num_threads(request["threads"])
                 jobs[request["job"]] = job = prepare(request)
-                # once for all that is timed here: this process does nothing else
-                if job.holds_memory:
-                    kept.enter_context(freed_memory(HELD))
                 reply: dict[str, Any] = {"rounds": job.rounds}
             elif request["do"] == "forget":
                 jobs.pop(request["job"]).close()
                 reply = {}
             else:
+                if request["do"] == "time":
+                    # from the first time on: nothing but timing follows
+                    freed.enter_context(freed_memory(HELD if jobs[request["job"]].holds_memory else USUAL))
                 reply = _reply(request, jobs[request["job"]], clock)
         except Exception as error:  # of whatever library: the asker decides
             reply = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}

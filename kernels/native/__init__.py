@@ -83,10 +83,17 @@ def _pytorchs_team() -> int | None:
 
 _library, _reason = _load()
 _team = _pytorchs_team()
-if _library is not None:
-    _library.hftcore_use_team(_team)
+
+
+def _use_team(team: int | None) -> None:
+    if _library is not None:
+        _library.hftcore_use_team(team)
+
+
+_use_team(_team)
+if hasattr(os, "register_at_fork"):  # not on Windows
     # a fork has none of the team's threads, and would wait for them for ever
-    os.register_at_fork(after_in_child=lambda: _library.hftcore_use_team(None))
+    os.register_at_fork(after_in_child=lambda: _use_team(None))
 _forced: str | None = None
 
 
@@ -141,13 +148,11 @@ def shares_threads() -> bool:
 @contextmanager
 def use_own_threads() -> Iterator[None]:
     """Makes calls start threads of this library's own inside the block."""
-    if _library is not None:
-        _library.hftcore_use_team(None)
+    _use_team(None)
     try:
         yield
     finally:
-        if _library is not None:
-            _library.hftcore_use_team(_team)
+        _use_team(_team)
 
 
 def _call(op: str, job: _Job) -> None:

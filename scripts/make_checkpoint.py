@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--layers", type=int, help="In place of the shape's own, where the disk has no room for all.")
     parser.add_argument("--dtype", choices=CODES, default="bfloat16")
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--shard-gb", type=float, default=5.0, help="Largest size of a file, in 1e9 bytes.")
@@ -42,7 +43,7 @@ def main() -> None:
         "model_type": "llama",
         "hidden_size": hidden,
         "intermediate_size": inner,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": options.layers or layers,
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "vocab_size": options.vocabulary,

@@ -64,12 +64,14 @@ def run_cases(quick: Quick = False, case: Cases = None, shape: Shapes = None, ou
 
     A run of everything ends with the instruction counts.
     """
+    import multiprocessing
     import tempfile
     import time
 
     import torch
 
     from hftcore.bench import instructions, results
+    from hftcore.bench.apart import measure_apart
     from hftcore.bench.measure import Effort, chosen, duration, run
     from hftcore.bench.report import report
     from hftcore.bench.timing import Neighbours
@@ -83,7 +85,11 @@ def run_cases(quick: Quick = False, case: Cases = None, shape: Shapes = None, ou
         effort = Effort(rounds=3, budget_s=0.5) if quick else Effort()
         begin, neighbours = time.monotonic(), Neighbours()
         try:
-            complete = run(wanted, device, effort, lambda measured: results.append(file, measured, facts), _say)
+            # where a system cannot fork, in this process
+            how = measure_apart if "forkserver" in multiprocessing.get_all_start_methods() else None
+            complete = run(
+                wanted, device, effort, lambda measured: results.append(file, measured, facts), _say, None, how
+            )
             if not (quick or case or shape):
                 _say("counting instructions")
                 results.append(file, instructions.measured(), facts)

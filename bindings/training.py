@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import functools
 import inspect
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -57,12 +59,26 @@ def read_yaml(path: Path, option: str = "--config") -> Mapping[str, Any]:
     if not path.is_file():
         raise HftcoreError(f"{option} must be an existing YAML file, got {path}")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = yaml.load(path.read_text(encoding="utf-8"), _loader())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise HftcoreError(f"{option} {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(given, Mapping):
         raise HftcoreError(f"{option} {path} must hold `key: value` lines, got {type(given).__name__}")
     return given
+
+
+@functools.cache
+def _loader() -> Any:
+    """YAML's safe loader, for which 5e-4 is a number as in YAML 1.2, and not a string as in YAML 1.1, which asks for 5.0e-4."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    return Loader
 
 
 def make_recipe(name: str, given: Mapping[str, Any], source: Path) -> Recipe:

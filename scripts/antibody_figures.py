@@ -5,7 +5,7 @@ with a fresh LoRA, by plain SFT and by Antibody's alignment. Figure 4: norms of 
 fine-tuning. Figure 2: r = log π(y|x) − log π(refusal|x) before and after fine-tuning on a benign task of which some are harmful requests:
 plainly, and with Antibody's weights. Then, all from the start that Antibody aligned: plain fine-tuning, Antibody's weights, and those with
 `attenuation="norm"`, judged by held-out requests and the task. Answers to harmful requests are affirmative stubs. Every seed draws its own
-LoRA and order. Writes `antibody_figures.md` and two PNGs in `figures/`.
+LoRA and order. Writes `antibody_figures.md`, and in `figures/` two PNGs and `antibody_samples.jsonl`, a line for each sample.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,6 +258,16 @@ def panels(results: Results, what: str, cells: dict[str, str]) -> dict[str, Valu
     }
 
 
+def of_samples(results: Results) -> Iterator[dict[str, Any]]:
+    """One line for each sample and model: its gradient's norm where that was taken, and its r."""
+    for seed, cells in results.items():
+        for model, cell in cells.items():
+            for group, ratios_found in cell["r"].items():
+                norms_found = cell.get("norms", {}).get(group, [None] * len(ratios_found))
+                for sample, (norm, r) in enumerate(zip(norms_found, ratios_found, strict=True)):
+                    yield {"seed": int(seed), "model": model, "group": group, "sample": sample, "norm": norm, "r": r}
+
+
 def spread(numbers: list[float], digits: int = 2) -> str:
     """Mean over seeds, and each of them."""
     return f"{statistics.fmean(numbers):.{digits}f} ({', '.join(f'{number:.{digits}f}' for number in numbers)})"
@@ -381,6 +391,9 @@ the harmful sample has the larger value; 0.50 tells nothing apart.
 
 ![histograms](figures/antibody_ratios.png)
 
+Each sample's values: [figures/antibody_samples.jsonl](figures/antibody_samples.jsonl); the model is named alignment/fine-tuning/how many of
+which one is harmful.
+
 ## What the weights do to harm, and what `attenuation="norm"` adds
 
 From here on every model but those "aligned by SFT" starts where Antibody's alignment ended. {settings["asked"]} held-out harmful requests
@@ -394,6 +407,8 @@ its interval, and the other does not get worse beyond its own; *hurts*: the oppo
 
 {readings}"""
     (docs / "antibody_figures.md").write_text(page, encoding="utf-8")
+    with (docs / "figures" / "antibody_samples.jsonl").open("w", encoding="utf-8") as samples:
+        samples.writelines(json.dumps(line) + "\n" for line in of_samples(results))
 
 
 def main() -> None:

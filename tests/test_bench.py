@@ -3,6 +3,8 @@
 import doctest
 import importlib
 import json
+import multiprocessing
+import os
 import pkgutil
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 
 import hftcore
 import hftcore.bench
-from hftcore.bench import cases, gpu, instructions, measure, memory, packages, results, selection, timing
+from hftcore.bench import apart, cases, gpu, instructions, measure, memory, packages, results, selection, timing
 from hftcore.bench.__main__ import app
 from hftcore.bench.ceiling import IN_PLACE
 from hftcore.bench.job import Case, Job, UnavailableError, Work, shape_of
@@ -391,6 +393,29 @@ def test_run_writes_measurements_and_prints_their_report(tmp_path, monkeypatch):
     assert rows_of(done.output, "tiny [64, 96]")
 
 
+def test_a_case_apart_is_measured_told_about_and_survived(monkeypatch):
+    (ours, *_) = apart.measure_apart("column_energy", "tiny", torch.float32, CPU, measure.Effort(is_rehearsal=True))
+    assert (ours.case, ours.variant, len(ours.times_ms)) == ("column_energy", "hftcore", 1)
+    with pytest.raises(KeyError, match="no such case"):
+        apart.measure_apart("no such case", "tiny", torch.float32, CPU, measure.Effort())
+    with pytest.raises(RuntimeError, match="process died with exit code"):
+        # a device that cannot even be sent over: the process ends before it begins
+        apart.measure_apart("column_energy", "tiny", torch.float32, _Deadly(), measure.Effort())
+    assert not multiprocessing.active_children()
+
+
+class _Deadly:
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+def test_what_may_not_sit_out_is_timed_in_every_round():
+    clock = timing.Clock(CPU)
+    slow, brisk = lambda: time.sleep(0.02), lambda: time.sleep(0.02)
+    times = timing.interleave({"slow": slow, "brisk": brisk}, clock, lambda: None, 4, 0.03, always=["slow"])
+    assert [len(times["slow"]), len(times["brisk"])] == [4, 2]
+
+
 def test_the_duration_of_a_complete_run_of_all_cases_is_judged(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "run", lambda *_: True)
     monkeypatch.setattr(instructions, "measured", list)
@@ -413,7 +438,7 @@ def test_a_run_of_some_cases_or_one_that_failed_has_no_duration(tmp_path, monkey
 
 
 def test_an_interrupted_run_shows_and_keeps_what_it_has(tmp_path, monkeypatch):
-    def interrupted(_wanted, _device, _effort, keep, _say):
+    def interrupted(_wanted, _device, _effort, keep, *_):
         keep([measured("hftcore", [3.0], "ours")])
         raise KeyboardInterrupt
 

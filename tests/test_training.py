@@ -69,6 +69,22 @@ def test_alignment_takes_a_second_file_and_lora_makes_a_new_adapter(world, recip
     assert (made["r"], made["lora_alpha"], sorted(made["target_modules"])) == (2, 4, ["k_proj", "q_proj", "v_proj"])
 
 
+def test_numbers_may_be_written_with_an_exponent_alone_and_out_is_named_after_what_is_trained(
+    world,  # noqa: F811
+    recipe,
+    tmp_path,
+    monkeypatch,
+):
+    config = recipe(refusals=None, learning_rate=None, max_steps=1)
+    config.write_text(config.read_text() + "learning_rate: 5e-2\nweight_decay: 1E-3\nwarmup_steps: -0\n")
+    made = read_recipe("sft", config).settings
+    assert (made["learning_rate"], made["weight_decay"], made["warmup_steps"]) == (0.05, 0.001, 0)
+    monkeypatch.chdir(tmp_path)
+    config = recipe(refusals=None, max_steps=1)
+    assert "wrote sft-model" in succeeded("train", "sft", world / "model", "--config", config, "--device", "cpu")
+    assert (tmp_path / "sft-model" / "model.safetensors").is_file()
+
+
 def test_a_paired_method_takes_the_harmful_answers_line_by_line(world, recipe, tmp_path):  # noqa: F811
     config = recipe(refusals=None, harmful_data="harmful.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]

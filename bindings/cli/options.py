@@ -57,6 +57,10 @@ class DType(StrEnum):
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a model or PEFT adapter.")]
 Out = Annotated[Path, typer.Option(help="Folder to write; it must not exist, or be empty.")]
+OutHere = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder to write. [default: METHOD-MODEL, or the name of a pipeline's file]"),
+]
 Data = Annotated[
     Path | None,
     typer.Option(help="Calibration texts: .jsonl with messages, prompt/completion, Alpaca columns or text; or .txt."),
@@ -100,6 +104,15 @@ Offload = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def named_after(method: str, model: str) -> Path:
+    """Where a result goes if nothing was said.
+
+    >>> str(named_after("edits/one,shrink", "runs/m/"))
+    'one-shrink-m'
+    """
+    return Path("-".join([*(Path(name).name for name in method.split(",")), Path(model).name]))
 
 
 def layers(names: list[str] | None) -> str | list[str] | None:

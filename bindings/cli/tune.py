@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hftcore.bindings.cli.evaluate import continued
-from hftcore.bindings.cli.options import AsJson, Base, Device, DType, LoadDType, Model
+from hftcore.bindings.cli.options import AsJson, Base, Device, DType, LoadDType, Model, OutHere, named_after
 from hftcore.bindings.cli.reporting import emit
 
 
@@ -20,8 +20,8 @@ def tune(
     ],
     model: Model,
     until: Annotated[str, typer.Option(help="What the dose must reach on requests set aside for it: HS<=5.")],
-    out: Annotated[Path, typer.Option(help="Folder for results, plot and Edits; one of this command is continued.")],
     keep: Annotated[str | None, typer.Option(help="What it may cost, as a change in points: FA>=-2.")] = None,
+    out: OutHere = None,
     data: Annotated[
         Path | None, typer.Option(help="Harmful texts, .jsonl. [default: AdvBench requests with affirmative stubs]")
     ] = None,
@@ -43,7 +43,7 @@ def tune(
 ) -> None:
     """Find the smallest dose of a defence that repairs a model.
 
-    By bisection over reversible edits; says so when no dose does it."""
+    By bisection over reversible edits; says so when no dose does it. Results, plot and Edits lie in OUT; a run there is continued."""
     from dataclasses import replace
 
     from hftcore.bindings.evaluation.run import Options
@@ -62,6 +62,7 @@ def tune(
     if limit is not None:
         asked = asked.limited(limit)
     options = Options(base=base, device=device, dtype=dtype.value, batch_size=batch_size)
+    out = out or named_after(method, model)
     with continued(out):
         result = run_tune(method.split(","), model, plan, asked, out, options)
     emit(result, as_json, "\n".join([*lines(result), f"written: {out}"]))

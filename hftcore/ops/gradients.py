@@ -18,7 +18,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
     """Squared Frobenius norm of each sample's gradient g^T x of a weight that multiplies x.
 
-    The form that takes fewer operations is used: <x x^T, g g^T>, symmetric, for T < 2 M N / (M + N), else g^T x itself. Products and
+    The form that takes less time is used: <x x^T, g g^T>, symmetric, for T up to about 2 M N / (M + N), else g^T x itself. Products and
     sums are float32 for every dtype (float64 for float64). Tokens whose gradient is zero, as padding has, add nothing.
 
     Args:

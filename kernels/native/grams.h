@@ -36,14 +36,26 @@ struct Tile {
   }
 };
 
+// One of the two, and how far its samples and their tokens lie apart.
 struct Side {
   const float* data;
-  int64_t row, features;
+  int64_t sample, row, features;
+
+  const float* at(int64_t which, int64_t token) const { return data + which * sample + token * row; }
 };
 
-inline void pointers(const Side& side, int64_t first, int64_t count, int64_t start, int64_t blocks, int64_t k, const float** out) {
+inline Side inputs(const Job& job) {
+  return {static_cast<const float*>(job.weight), job.weight_column, job.weight_row, job.columns};
+}
+
+inline Side output_gradients(const Job& job) {
+  return {static_cast<const float*>(job.reference), job.reference_column, job.reference_row, job.b};
+}
+
+inline void pointers(const Side& side, int64_t sample, int64_t first, int64_t count, int64_t start, int64_t blocks, int64_t k,
+                     const float** out) {
   // rows past the last one are the last one again; what comes of them is not used
-  for (int64_t i = 0; i < blocks; ++i) out[i] = side.data + (first + smaller(start + i, count - 1)) * side.row + k;
+  for (int64_t i = 0; i < blocks; ++i) out[i] = side.at(sample, first + smaller(start + i, count - 1)) + k;
 }
 
 INLINE void multiply_rows(const float* const* a, const float* const* b, int64_t n, Floats (&sum)[SUM_ROWS][SUM_COLUMNS]) {
@@ -72,11 +84,11 @@ INLINE void for_blocks(const Tile& tile, const Side& side, Use use) {
     int64_t n = smaller(CHUNK, side.features - k);
     for (int64_t i = 0; i < tile.rows; i += SUM_ROWS) {
       const float* a[SUM_ROWS];
-      pointers(side, tile.first, tile.rows, i, SUM_ROWS, k, a);
+      pointers(side, tile.sample, tile.first, tile.rows, i, SUM_ROWS, k, a);
       int64_t stop = tile.first == tile.second ? smaller(tile.columns, i + SUM_ROWS) : tile.columns;
       for (int64_t j = 0; j < stop; j += SUM_COLUMNS) {
         const float* b[SUM_COLUMNS];
-        pointers(side, tile.second, tile.columns, j, SUM_COLUMNS, k, b);
+        pointers(side, tile.sample, tile.second, tile.columns, j, SUM_COLUMNS, k, b);
         Floats sum[SUM_ROWS][SUM_COLUMNS];
         multiply_rows(a, b, n, sum);
         use(i, j, sum);
@@ -100,8 +112,7 @@ inline void lower_gram(const void* context, char* memory, Chunks& chunks) {
   while (chunks.next(begin, end))
     for (; begin < end; ++begin) {
       Tile tile(grams, begin, reinterpret_cast<float*>(memory));
-      Side x{static_cast<const float*>(job.weight) + tile.sample * job.weight_column, job.weight_row, job.columns};
-      make_gram(tile, x);
+      make_gram(tile, inputs(job));
       float* out = static_cast<float*>(job.values) + tile.sample * job.rows * job.rows;
       for (int64_t i = 0; i < tile.rows; ++i) {
         int64_t row = tile.first + i, count = smaller(tile.columns, row + 1 - tile.second);
@@ -136,12 +147,11 @@ inline void ghost_norms(const void* context, char* memory, Chunks& chunks) {
           std::memcpy(tile.values + i * tile.pitch, gram + (tile.first + i) * job.rows + tile.second,
                       size_t(tile.columns) * sizeof(float));
       } else {
-        make_gram(tile, {static_cast<const float*>(job.weight) + tile.sample * job.weight_column, job.weight_row, job.columns});
+        make_gram(tile, inputs(job));
       }
       weigh(tile);
-      Side g{static_cast<const float*>(job.reference) + tile.sample * job.reference_column, job.reference_row, job.b};
       double total = 0;
-      for_blocks(tile, g, [&](int64_t i, int64_t j, const Floats(&sum)[SUM_ROWS][SUM_COLUMNS]) __attribute__((always_inline)) {
+      for_blocks(tile, output_gradients(job), [&](int64_t i, int64_t j, const Floats(&sum)[SUM_ROWS][SUM_COLUMNS]) __attribute__((always_inline)) {
         Floats part = spread(0);
         for (int64_t r = 0; r < SUM_ROWS; ++r)
           for (int64_t c = 0; c < SUM_COLUMNS; ++c)

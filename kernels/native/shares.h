@@ -12,20 +12,14 @@ constexpr int64_t TALL = 4, TALLEST = 16, BROAD = 12;  // panels of a tile: of t
 struct Shares {
   const Job& job;
   Side narrow, wide;
-  int64_t narrow_sample, wide_sample;
   int64_t height, width;  // features of a tile
   int64_t rows, columns;  // tiles
   double* squares;        // [tiles, a]
 
   explicit Shares(const Job& job) : job(job) {
-    narrow = {static_cast<const float*>(job.reference), job.reference_row, job.b};
-    wide = {static_cast<const float*>(job.weight), job.weight_row, job.columns};
-    narrow_sample = job.reference_column;
-    wide_sample = job.weight_column;
-    if (is_transposed()) {
-      std::swap(narrow, wide);
-      std::swap(narrow_sample, wide_sample);
-    }
+    narrow = output_gradients(job);
+    wide = inputs(job);
+    if (is_transposed()) std::swap(narrow, wide);
     // whatever the number of threads: some tiles for each of many, but none so small that packing shows
     height = larger(TALL, smaller(TALLEST, (narrow.features / 4 + SHARE_ROWS - 1) / SHARE_ROWS)) * SHARE_ROWS;
     width = larger(2, smaller(BROAD, (wide.features / 4 + WIDE - 1) / WIDE)) * WIDE;
@@ -126,8 +120,7 @@ inline void share_tile(const Shares& shares, int64_t item, float* memory) {
     double square = 0;
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t first = step * STEP, n = smaller(STEP, job.rows - first);
-      const float* a = shares.narrow.data + sample * shares.narrow_sample + first * shares.narrow.row + top;
-      const float* b = shares.wide.data + sample * shares.wide_sample + first * shares.wide.row + left;
+      const float *a = shares.narrow.at(sample, first) + top, *b = shares.wide.at(sample, first) + left;
       for (int64_t i = 0; i < height; i += SHARE_ROWS)
         pack(a + i, shares.narrow.row, n, smaller(SHARE_ROWS, height - i), rows_for(height - i), narrow + i * STEP);
       for (int64_t j = 0; j < width; j += WIDE) pack(b + j, shares.wide.row, n, smaller(WIDE, width - j), WIDE, wide + j * STEP);

@@ -168,7 +168,7 @@ def test_a_grid_is_read_from_a_file_and_the_rest_is_the_default(tmp_path):
         ("samples: 64", "samples must be a list of numbers, got 64"),
         ("samples: []", r"samples must be a list of numbers, got \[\]"),
         ("learning_rates: [0]", "learning_rates must be a number in"),
-        ("learning_rates: [1e-3]", "learning_rates must be a number in"),  # YAML reads a text
+        ("learning_rates: ['1e-3']", "learning_rates must be a number in"),
         ("steps: 0", "steps must be a number in"),
         ("every: 2.5", "every must be whole, got 2.5"),
         ("- 3", "must hold `key: value` lines"),

@@ -20,7 +20,7 @@ _now = USUAL
 
 @contextmanager
 def freed_memory(values: tuple[int, int, int]) -> Iterator[None]:
-    """What the C library does with freed memory inside the block: HELD or RETURNED. Nothing happens where it is not glibc.
+    """What the C library does with freed memory inside the block: HELD, USUAL or RETURNED. Nothing happens where it is not glibc.
 
     By itself it returns large pieces and the top of the heap to the system, to be taken anew page by page. That is a tenth and more of
     a training step, and where two models are in a process it depends on which of them works at the top.

@@ -111,22 +111,6 @@ def test_native_ghost_form_matches_the_reference(shape, simd):
     assert_right(native.ghost(x, g, gram + torch.full_like(gram, float("nan")).triu(1)), x, g)
 
 
-@needs_native
-def test_native_ghost_form_reads_strided_inputs_and_gives_the_same_bits_on_any_number_of_threads(simd):
-    wide, transposed = torch.randn(3, 150, 2, 20)[:, :, 1], torch.randn(3, 9, 150).mT
-    assert_right(native.ghost(wide, transposed), wide, transposed)
-    assert_right(native.ghost(wide.transpose(0, 1), wide.transpose(0, 1)), wide.transpose(0, 1), wide.transpose(0, 1))
-    x, g = pair(5, 300, 33, 65)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(native.ghost(x, g))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(found[0], one) for one in found)
-
-
 # besides: blocks that are not full, on either side; several tiles; more tokens than are packed at a time, and as many; one side thin
 SHARES_SHAPES = [*NATIVE_SHAPES, (2, 193, 31, 15), (3, 20, 300, 700), (2, 192, 64, 28), (2, 385, 8, 90), (2, 40, 90, 8)]
 
@@ -145,16 +129,21 @@ def test_native_direct_form_matches_the_reference_with_and_without_the_gradient(
 
 
 @needs_native
-def test_native_direct_form_reads_strided_inputs_and_gives_the_same_bits_on_any_number_of_threads(simd):
+@pytest.mark.parametrize("form", [native.ghost, native.direct], ids=["ghost", "direct"])
+def test_native_forms_read_strided_inputs(form, simd):
     wide, transposed = torch.randn(3, 150, 2, 20)[:, :, 1], torch.randn(3, 9, 150).mT
-    assert_right(native.direct(wide, transposed), wide, transposed)
-    assert_right(native.direct(wide.transpose(0, 1), wide.transpose(0, 1)), wide.transpose(0, 1), wide.transpose(0, 1))
-    x, g = pair(5, 300, 133, 165)
+    assert_right(form(wide, transposed), wide, transposed)
+    assert_right(form(wide.transpose(0, 1), wide.transpose(0, 1)), wide.transpose(0, 1), wide.transpose(0, 1))
+
+
+@needs_native
+def test_native_forms_give_the_same_bits_on_any_number_of_threads(simd):
+    small, large = pair(5, 300, 33, 65), pair(5, 300, 133, 165)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(native.direct_with_gradient(x, g))
+            found.append((native.ghost(*small), *native.direct_with_gradient(*large)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for result in found for one, other in zip(found[0], result, strict=True))

@@ -112,7 +112,7 @@ def named_after(method: str, model: str) -> Path:
     >>> str(named_after("edits/one,shrink", "runs/m/"))
     'one-shrink-m'
     """
-    return Path("-".join([*(Path(name).name for name in method.split(",")), Path(model).name]))
+    return Path("-".join([*(Path(name).name for name in method.split(",")), Path(model).resolve().name]))
 
 
 def layers(names: list[str] | None) -> str | list[str] | None:

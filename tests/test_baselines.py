@@ -2,9 +2,6 @@
 
 import copy
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +9,7 @@ from defence_oracles import assert_gradient, collated, double_loss, gradients, m
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_immunization import pairs
-from test_trainers import config, equal, samples, weights
+from test_trainers import config, equal, in_two_processes, samples, weights
 from tiny_models import one_thread, tiny_model, with_lora  # noqa: F401
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -639,25 +636,6 @@ def test_a_checkpoint_whose_names_are_not_the_models_is_refused(tmp_path):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-torch.set_num_threads(1)
-import test_baselines as t
-from pathlib import Path
-folder, size = Path(sys.argv[2]), int(sys.argv[3])
-for method, options in t.SHARED.items():
-    model = t.tiny_model("qwen3-moe" if method == "safemoe" else "llama")
-    options = options | {"per_device_train_batch_size": size, "max_steps": 2, "ddp_backend": "gloo" if size == 2 else None}
-    data = {name: t.samples(8, seed=9) for name in t.METHODS[method].datasets}
-    sgd = torch.optim.SGD(model.parameters(), lr=1e-2), None
-    made = t.trainer(method, model, folder / method, data, optimizers=sgd, **options)
-    made.train()
-    if made.args.process_index == 0:
-        torch.save(t.weights(model), folder / f"{method}.pt")
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()  # an end with gloo's threads at work is now and then an abort
-"""
 SHARED = {
     "panacea": {"lam": 0.5},
     "vaccine": {"rho": 1.0},
@@ -666,16 +644,27 @@ SHARED = {
 }
 
 
+def train_each(folder, size):
+    found = {}
+    for method, options in SHARED.items():
+        model = tiny_model("qwen3-moe" if method == "safemoe" else "llama")
+        options = options | {
+            "per_device_train_batch_size": size,
+            "max_steps": 2,
+            "ddp_backend": "gloo" if size == 2 else None,
+        }
+        data = {name: samples(8, seed=9) for name in METHODS[method].datasets}
+        sgd = torch.optim.SGD(model.parameters(), lr=1e-2), None
+        trainer(method, model, folder / method, data, optimizers=sgd, **options).train()
+        found[method] = weights(model)
+    return found
+
+
 def test_two_processes_train_as_one_with_the_batches_of_both(tmp_path):
-    for size, launch in ((4, []), (2, ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"])):
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        (folder / "run.py").write_text(SCRIPT)
-        command = [sys.executable, *launch, folder / "run.py", Path(__file__).parent, folder, str(size)]
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+    both = in_two_processes(tmp_path, "import test_baselines as t; found = t.train_each(folder, 2)")
+    alone = train_each(tmp_path / "alone", 4)
     for method in SHARED:
-        one, two = (torch.load(tmp_path / size / f"{method}.pt") for size in ("4", "2"))
+        one, two = alone[method], both[0][method]
         for name in one:
             torch.testing.assert_close(
                 one[name], two[name], rtol=1e-3, atol=1e-5, msg=lambda m, at=(method, name): f"{at}: {m}"

@@ -3,7 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +55,26 @@ def load_model(
         raise HftcoreError(f"base is for adapter folders; {path} has no {ADAPTER}: leave base out")
     body = find_base(folder, base) if adapter else folder
     tokenizer = load_tokenizer([folder, body])
+    list_tensors(body)  # refuses what transformers would unpickle, or read in spite of damage
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(body, dtype=kind, local_files_only=True)
+        with _without_tables():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                body,
+                dtype=kind,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise HftcoreError(f"cannot load a causal model from {body}: {_brief(error)}") from error
+        reason = _brief(error)
+        if "CONVERSION" in reason:  # it speaks of a table that was kept out of the logs
+            reason = (
+                "the parts of a fused tensor (the experts of a layer, for example) are not all there, or do not fit"
+            )
+        raise HftcoreError(f"cannot load a causal model from {body}: {reason}") from error
+    _check_complete(body, found)
     if adapter:
         model = with_adapter(model, folder)
     return model.to(place).eval(), tokenizer
@@ -128,7 +145,13 @@ def find_base(adapter: str | Path, base: str | None = None) -> Path:
     Raises:
         HftcoreError: the adapter names none, or there is no such folder or hub model.
     """
-    return find_folder(base or _named_base(find_folder(adapter)), "base model")
+    if base:
+        return find_folder(base, "base model")
+    folder = find_folder(adapter)
+    try:
+        return find_folder(_named_base(folder), "base model")
+    except HftcoreError as error:
+        raise HftcoreError(f"{error}; {folder / ADAPTER} names it: say where it is with --base") from error
 
 
 def find_folder(path: str | Path, name: str = "MODEL") -> Path:
@@ -168,6 +191,35 @@ def _named_base(folder: Path) -> str:
     return str(beside) if beside.is_dir() else named
 
 
+@contextmanager
+def _without_tables() -> Iterator[None]:
+    """Keep transformers' tables of what did not fit out of the logs; `_check_complete` says it in a line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _check_complete(folder: Path, found: Mapping[str, Any]) -> None:
+    """Refuse a model some of whose weights transformers made up, as the files lack them or have them in another shape."""
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise HftcoreError(
+            f"{folder} has {name!r} as {list(stored)}, its config.json wants {list(wanted)}; copy it again"
+        )
+    if missing := found["missing_keys"]:
+        raise HftcoreError(
+            f"{folder} lacks {len(missing)} tensors, such as {min(missing)!r}; copy the checkpoint again"
+        )
+    if unknown := found["unexpected_keys"]:
+        warnings.warn(
+            f"{folder} holds {len(unknown)} tensors beside the model's, such as {min(unknown)!r}", stacklevel=3
+        )
+
+
 def with_adapter(model: Any, folder: Path) -> Any:
     """The `PeftModel` of a base model, whose modules it replaces in place, with the factors in the dtype of their file.
 
@@ -180,6 +232,7 @@ def with_adapter(model: Any, folder: Path) -> Any:
         raise HftcoreError(f"{folder} is a PEFT adapter and peft is not installed; pip install peft") from error
     from safetensors import SafetensorError
 
+    stored = list_tensors(folder)  # refuses what PEFT would unpickle
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
@@ -190,7 +243,6 @@ def with_adapter(model: Any, folder: Path) -> Any:
         if beside.is_dir():
             config.base_model_name_or_path = str(beside.resolve())
     # PEFT widens half-precision factors; an edit of them must fit the file they came from
-    stored = list_tensors(folder) if any(folder.glob("*.safetensors")) else {}
     for name, parameter in adapted.named_parameters():
         place = next((stored[known] for known in names_on_disk(name) if known in stored), None)
         if place is not None and place.dtype in DTYPES:
@@ -246,4 +298,6 @@ def quiet() -> None:
 def _brief(error: BaseException) -> str:
     """An error's first line, and the second where the first announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, KeyError):  # whose text is the key alone
+        return f"KeyError: {lines[0]}"
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -337,7 +337,7 @@ def test_what_concerns_all_is_refused_at_once_and_leaves_nothing(world, tmp_path
         ([*base, "--data", tmp_path / "none.jsonl", *plain], "existing file"),
         ([*base, *data, "--adapters", tmp_path / "nowhere"], "--adapters must be folders"),
         (["antidote", world / "plain" / "f", *data, *plain], "must be their base model"),
-        (["antidote", broken, *data, *plain], "cannot load a causal model"),
+        (["antidote", broken, *data, *plain], "is cut off or not a safetensors file"),
         ([*base, *data, *plain, "--out", world / "plain" / "f" / "out"], "must lie outside"),
     ]:
         where = [] if "--out" in arguments else ["--out", out]

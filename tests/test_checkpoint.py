@@ -9,12 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tied_models import energy_of
 from tiny_models import tiny_model, with_lora
+from transformers import AutoModelForCausalLM
 
 from hftcore import Edit, Energy, FingerprintError, HftcoreError, Pattern, prune
 from hftcore.bindings.checkpoints import edits, rewrite
 from hftcore.bindings.checkpoints.edits import apply_edit, names_on_disk, revert_edit
 from hftcore.bindings.checkpoints.manifest import MANIFEST
+from hftcore.bindings.checkpoints.prune import prune_folder
 from hftcore.bindings.checkpoints.stored import list_tensors, read_header
 from hftcore.bindings.checkpoints.verify import verify_folder
 from hftcore.bindings.output import check_output
@@ -145,6 +148,22 @@ def test_an_edit_survives_its_own_folder(made, tmp_path):
     apply_edit(Edit.load(tmp_path / "edit"), folder, tmp_path / "a")
     apply_edit(edit, folder, tmp_path / "b")
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+def test_a_model_that_was_reverted_has_no_edit_any_more_unless_it_is_another(tmp_path):
+    model = tiny_model("llama")
+    folder = saved(model, tmp_path / "model")
+    prune_folder(folder, energy_of(model), "50%", tmp_path / "pruned")
+    first = Edit.load(tmp_path / "pruned" / "edit")
+    revert_edit(first, tmp_path / "pruned", tmp_path / "reverted")
+    assert digests(tmp_path / "reverted") == digests(folder)
+    second = prune_folder(tmp_path / "pruned", energy_of(model, 1), "60%", tmp_path / "edit", edit_only=True)
+    apply_edit(second, tmp_path / "pruned", tmp_path / "twice")
+    revert_edit(second, tmp_path / "twice", tmp_path / "once")
+    assert digests(tmp_path / "once") == digests(tmp_path / "pruned")
+    for damaged in ("{", "[]", '{"tensors": {"x": 1}}'):
+        (tmp_path / "pruned" / "edit" / "edit_config.json").write_text(damaged)
+        revert_edit(first, tmp_path / "pruned", tmp_path / f"beside {len(damaged)}")
 
 
 def test_other_weights_are_refused_and_nothing_is_written(made, tmp_path):
@@ -324,6 +343,7 @@ def test_the_header_says_what_safetensors_reads(tmp_path):
         ({"weight_map": {"x": "..\\model.safetensors"}}, "same folder"),
         ({"weight_map": {"x": 3}}, "weight_map"),
         ({"weight_map": ["x"]}, "weight_map"),
+        ({"weight_map": {}}, "weight_map"),
         ([], "weight_map"),
         ({"weight_map": {"x": "absent.safetensors"}}, "is missing"),
         ({"weight_map": {"y": "part.safetensors"}}, "does not hold it"),
@@ -336,6 +356,29 @@ def test_an_index_that_lies_is_refused(tmp_path, index, message):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(HftcoreError, match=message):
         list_tensors(tmp_path)
+
+
+def test_files_are_chosen_as_transformers_chooses_them(tmp_path):
+    index = {"metadata": {}, "weight_map": {"x": "part.safetensors"}}
+    for number, name in enumerate(["part", "adapter_model", "consolidated"]):
+        save_file({"x": torch.full((1,), number)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "consolidated.safetensors.index.json").write_text("{")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert list_tensors(tmp_path)["x"].file.name == "part.safetensors"
+    tiny_model("llama").save_pretrained(tmp_path)
+    assert list_tensors(tmp_path).keys() == load_file(tmp_path / "model.safetensors").keys()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert {place.file.name for place in list_tensors(tmp_path).values()} == {"model.safetensors"}
+    assert torch.equal(loaded["lm_head.weight"], tiny_model("llama").lm_head.weight)
+
+
+def test_links_that_lead_in_a_circle_are_refused_and_nothing_is_left(made, tmp_path):
+    folder, edit = made
+    (folder / "notes.txt").symlink_to("notes.txt")
+    with pytest.raises(HftcoreError, match=r"notes\.txt is a link out of its folder"):
+        apply_edit(edit, folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_folders_without_tensors_are_refused(tmp_path):

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 import hftcore
 from hftcore import Edit, Energy, HftcoreError, NonFiniteError, direct
-from hftcore.bindings import jobs
+from hftcore.bindings import jobs, models_io
 from hftcore.bindings.checkpoints import blocks, rewrite, threshold
 from hftcore.bindings.checkpoints.manifest import MANIFEST
 from hftcore.bindings.checkpoints.prune import prune_folder
@@ -198,8 +198,15 @@ def broken(folder, kind):
     elif kind == "index without a tensor":
         where = json.loads(index.read_text())["weight_map"]
         index.write_text(
-            json.dumps({"weight_map": {key: value for key, value in where.items() if "up_proj" not in key}})
+            json.dumps(
+                {"metadata": {}, "weight_map": {key: value for key, value in where.items() if "up_proj" not in key}}
+            )
         )
+    elif kind == "gone":
+        where = {key: name for key, name in json.loads(index.read_text())["weight_map"].items() if "up_proj" not in key}
+        index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        for part in folder.glob("*.safetensors"):
+            save_file({key: value for key, value in load_file(part).items() if key in where}, part)
     elif kind == "twice":
         save_file(load_file(file) | load_file(folder / "part-0.safetensors"), file)
     elif kind == "shape":
@@ -218,22 +225,22 @@ def broken(folder, kind):
         (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("truncated", "cut off or has bytes left over"),
-        ("header", "cut off or not a safetensors file"),
-        ("pickle", "cut off or not a safetensors file"),
-        ("missing tensor", "which does not hold it"),
-        ("index without a tensor", "the checkpoint has no tensor"),
-        ("twice", "is in both"),
-        ("shape", "is this the right checkpoint"),
-        ("integers", "dequantise the checkpoint first"),
-        ("config", "cannot read from"),
-        ("unknown model", "cannot read from"),
-        ("quantised", "is quantised"),
-    ],
-)
+DAMAGES = [
+    ("truncated", "cut off or has bytes left over"),
+    ("header", "cut off or not a safetensors file"),
+    ("pickle", "cut off or not a safetensors file"),
+    ("missing tensor", "which does not hold it"),
+    ("index without a tensor", "the checkpoint has no tensor"),
+    ("twice", "is in both"),
+    ("shape", "is this the right checkpoint"),
+    ("integers", "dequantise the checkpoint first"),
+    ("config", "cannot read from"),
+    ("unknown model", "cannot read from"),
+    ("quantised", "is quantised"),
+]
+
+
+@pytest.mark.parametrize(("kind", "message"), DAMAGES)
 def test_a_damaged_checkpoint_is_refused_in_one_line_and_left_alone(tmp_path, kind, message):
     model = tiny_model("llama")
     folder = save_in(model, tmp_path / "model", 3, 0)
@@ -244,6 +251,53 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_left_alone(tmp_path, ki
     assert "\n" not in str(caught.value)
     assert contents(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        *[case for case in DAMAGES if case[0] in ("truncated", "header", "pickle", "missing tensor", "twice")],
+        ("gone", r"lacks 2 tensors, such as 'model\.layers\.0\.mlp\.up_proj\.weight'"),
+        ("shape", "its config.json wants"),
+        ("only a pickle", r"model\.bin, a pickle, which could run anything and is not opened"),
+        ("a pickle beside", r"cannot load a causal model"),
+    ],
+)
+def test_what_is_refused_on_files_is_not_loaded_either(tmp_path, monkeypatch, caplog, kind, message):
+    monkeypatch.setattr(models_io, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    folder = save_in(tiny_model("llama"), tmp_path / "model", 3, 0)
+    if "a pickle" in kind:
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"cbuiltins\neval\n.")
+    if kind == "a pickle beside":
+        save_file({"lm_head.weight": torch.ones(1)}, folder / "other.safetensors")
+    broken(folder, kind)
+    with pytest.raises(HftcoreError, match=message) as caught:
+        models_io.load_model(folder, "cpu")
+    assert "\n" not in str(caught.value)
+    assert not [record for record in caplog.records if "\n" in record.getMessage()]
+
+
+def test_parts_of_experts_that_are_missing_are_refused_in_memory_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(models_io, "load_tokenizer", lambda _: None)
+    tiny_model("mixtral").save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(HftcoreError, match=r"the parts of a fused tensor .* are not all there") as caught:
+        models_io.load_model(tmp_path / "model", "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_beside_the_models_are_told_and_not_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(models_io, "load_tokenizer", lambda _: None)
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    save_file(tensors | {"extra": torch.ones(2)}, tmp_path / "model" / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"holds 1 tensors beside the model's, such as 'extra'"):
+        models_io.load_model(tmp_path / "model", "cpu")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -1,5 +1,6 @@
 """Edits on checkpoint folders: tensors are patched on their way into a copy of the folder, and no model is ever loaded."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -8,13 +9,13 @@ import torch
 from torch import Tensor
 
 from hftcore import ops
-from hftcore.bindings.checkpoints.manifest import write_manifest
+from hftcore.bindings.checkpoints.manifest import EDIT, write_manifest
 from hftcore.bindings.checkpoints.pieces import Piece, find_pieces
 from hftcore.bindings.checkpoints.pieces import names_on_disk as names_on_disk
 from hftcore.bindings.checkpoints.rewrite import Changes, rewrite_files, signature
 from hftcore.bindings.checkpoints.stored import StoredTensor, list_tensors
 from hftcore.bindings.output import check_output
-from hftcore.edit import Edit, TensorEdit, check_fingerprint, count_marks
+from hftcore.edit import CONFIG, Edit, TensorEdit, check_fingerprint, count_marks
 from hftcore.errors import HftcoreError
 from hftcore.ops.fingerprints import fingerprint_text
 from hftcore.resumable import resumable_folder
@@ -42,6 +43,8 @@ def apply_edit(edit: Edit, model: str | Path, out: str | Path) -> None:
 
 def revert_edit(edit: Edit, model: str | Path, out: str | Path) -> None:
     """Write to `out` a copy of the edited checkpoint folder `model` with its tensors as before the edit, bit for bit.
+
+    If the edit is the one in `model/edit`, that folder is left out.
 
     Args and errors are those of `apply_edit`.
     """
@@ -72,9 +75,20 @@ def _patch(edit: Edit, model: Path, out: str | Path, action: Literal["apply", "r
         check_fingerprint(parameter, fingerprint_text(dtype, entry.shape, after), entry, left)
 
     prints = {name: [entry.fingerprint_before, entry.fingerprint_after] for name, entry in edit.tensors.items()}
+    # the Edit in the model's own folder says nothing about its weights once it is undone
+    keeps_edit = action == "apply" or prints != _prints(model / EDIT / CONFIG)
     with resumable_folder(target, signature([model], {"action": action, "edit": prints})) as work:
-        files = rewrite_files(model, stored, work, Changes(pieces, change, complete))
+        files = rewrite_files(model, stored, work, Changes(pieces, change, complete), keeps_edit=keeps_edit)
         work.finish("manifest", None, [write_manifest(work.folder, files)])
+
+
+def _prints(config: Path) -> dict[str, list[str]] | None:
+    """Parameter -> its fingerprints before and after, as the configuration of an Edit has them; None where there is no such Edit."""
+    try:
+        tensors = json.loads(config.read_text(encoding="utf-8"))["tensors"]
+        return {name: [facts["fingerprint_before"], facts["fingerprint_after"]] for name, facts in tensors.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def locate(edit: Edit, stored: Mapping[str, StoredTensor]) -> tuple[list[Piece], dict[Piece, int]]:

@@ -13,6 +13,8 @@ import torch
 from hftcore.errors import HftcoreError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+INDEX = ".safetensors.index.json"
+FIRST = ("model.safetensors", f"model{INDEX}", "adapter_model.safetensors")
 # the format's own limit
 MAX_HEADER = 100_000_000
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -34,8 +36,8 @@ class StoredTensor:
 def list_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder: name -> place.
 
-    Files are those the `.safetensors.index.json` names; without one, `model.safetensors` or
-    `adapter_model.safetensors`; without these, every `.safetensors` file of the folder.
+    As in transformers, `model.safetensors` goes before the files that `model.safetensors.index.json` names; without either,
+    `adapter_model.safetensors`, or another index; without these, every `.safetensors` file of the folder.
 
     Raises:
         HftcoreError: no folder, no such files, an index that does not fit them, a damaged file.
@@ -47,12 +49,12 @@ def list_tensors(folder: str | Path) -> dict[str, StoredTensor]:
         )
     for file in folder.glob("*.safetensors*"):
         check_link(file, folder)
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    files = [path for name in FIRST if (path := folder / name).is_file()][:1]
+    indexes = files or sorted(folder.glob(f"*{INDEX}"))
     if len(indexes) > 1:
         raise HftcoreError(f"{folder} has several index files ({', '.join(path.name for path in indexes)}); keep one")
-    if indexes:
+    if indexes and indexes[0].name.endswith(INDEX):
         return _indexed(folder, indexes[0])
-    files = [path for name in ("model", "adapter_model") if (path := folder / f"{name}.safetensors").is_file()][:1]
     tensors: dict[str, StoredTensor] = {}
     for file in files or sorted(folder.glob("*.safetensors")):
         for name, place in read_header(file).items():
@@ -78,7 +80,8 @@ def check_link(file: Path, folder: Path) -> None:
     """
     if not file.is_symlink():
         return
-    home, real = folder.resolve(), file.resolve()
+    # not Path.resolve, which raises another error for links that lead in a circle
+    home, real = (Path(os.path.realpath(path)) for path in (folder, file))
     homes = [home]
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")
@@ -90,6 +93,8 @@ def _indexed(folder: Path, index: Path) -> dict[str, StoredTensor]:
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(map(os.fspath, where.values())))
+        if not names:
+            raise ValueError("an empty one")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HftcoreError(
             f"{index} is not an index with a `weight_map` ({type(error).__name__}); copy it again"

@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +242,12 @@ def _checkpoints(recipe: Recipe, out: Path, resume: bool) -> Iterator[Path]:
     if resume != is_there:
         wanted = "has no checkpoint to resume from" if resume else "holds checkpoints of an earlier run"
         raise HftcoreError(f"{folder} {wanted}; {'leave --resume out' if resume else 'give --resume, or remove it'}")
-    yield folder
+    try:
+        yield folder
+    finally:
+        # the trainer makes it before its first step, which a run that is refused never takes
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _key(dataset: str) -> str:

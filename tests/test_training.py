@@ -146,6 +146,7 @@ def test_a_run_goes_on_from_its_checkpoint(world, recipe, tmp_path):  # noqa: F8
         ({"tau": 0}, "tau must be a number in (0, inf), got 0"),
         ({"save_steps": "often", "save_strategy": "steps"}, "the training settings do not fit together"),
         ({"per_device_train_batch_size": 1}, "weight 1, so the defence is off"),
+        ({"per_device_train_batch_size": 1, "save_strategy": "steps"}, "weight 1, so the defence is off"),
     ],
 )
 def test_bad_recipes_are_refused_in_one_line_and_nothing_is_written(world, recipe, tmp_path, settings, message):  # noqa: F811

@@ -174,7 +174,9 @@ def _is_worth_a_gram(kernels: Any, x: Tensor, g: Tensor) -> bool:
 
 
 def _is_direct_with_gradient(kernels: Any, x: Tensor, g: Tensor, has_gram: bool) -> bool:
+    if x.device.type != "cpu":
+        return False
     # a processor with bfloat16 units forms a bfloat16 gradient several times as fast as float32 shares of it
-    if x.device.type != "cpu" or torch.bfloat16 in (x.dtype, g.dtype):
+    if kernels is gradients and torch.bfloat16 in (x.dtype, g.dtype):
         return False
     return cast(bool, kernels.is_direct_with_gradient(x.shape[1], g.shape[2], x.shape[2], has_gram))

@@ -5,22 +5,17 @@ product g^T x where the processor has AVX-512 but PyTorch's products make half u
 gradient beside the norms costs hardly more, so that a model's own gradients come from here too.
 """
 
-from torch import Tensor, float32
+from torch import Tensor
 
 from hftcore.kernels import native
 
-SIMDS = ("avx512", "avx2")
 FEW = 16  # tokens of a sample: below, adding its share to the gradient's tile costs more than the product
 
 direct = native.direct
 direct_with_gradient = native.direct_with_gradient
 ghost = native.ghost
 lower_gram = native.lower_gram
-
-
-def serves(*tensors: Tensor) -> bool:
-    """Whether the library takes these and is faster than PyTorch here."""
-    return all(tensor.dtype == float32 for tensor in tensors) and native.simd() in SIMDS
+serves = native.multiplies
 
 
 def is_ghost(T: int, M: int, N: int, has_gram: bool = False) -> bool:

@@ -102,8 +102,9 @@ def simd(request):
 
 @needs_native
 @pytest.mark.parametrize("shape", NATIVE_SHAPES, ids=str)
-def test_native_ghost_form_matches_the_reference(shape, simd):
-    x, g = pair(*shape)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_ghost_form_matches_the_reference(shape, dtype, simd):
+    x, g = pair(*shape, dtype)
     assert_right(native.ghost(x, g), x, g)
     gram = native.lower_gram(x)
     torch.testing.assert_close(gram.double(), (x.double() @ x.double().mT).tril(), rtol=0, atol=2e-6 * shape[2])
@@ -117,8 +118,9 @@ SHARES_SHAPES = [*NATIVE_SHAPES, (2, 193, 31, 15), (3, 20, 300, 700), (2, 192, 6
 
 @needs_native
 @pytest.mark.parametrize("shape", SHARES_SHAPES, ids=str)
-def test_native_direct_form_matches_the_reference_with_and_without_the_gradient(shape, simd):
-    x, g = pair(*shape)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_direct_form_matches_the_reference_with_and_without_the_gradient(shape, dtype, simd):
+    x, g = pair(*shape, dtype)
     assert_right(native.direct(x, g), x, g)
     squares, gradient = native.direct_with_gradient(x, g)
     assert_right(squares, x, g)
@@ -134,6 +136,9 @@ def test_native_forms_read_strided_inputs(form, simd):
     wide, transposed = torch.randn(3, 150, 2, 20)[:, :, 1], torch.randn(3, 9, 150).mT
     assert_right(form(wide, transposed), wide, transposed)
     assert_right(form(wide.transpose(0, 1), wide.transpose(0, 1)), wide.transpose(0, 1), wide.transpose(0, 1))
+    narrow, shifted = transposed.bfloat16(), torch.randn(3, 150, 21).bfloat16()[:, :, 1:]
+    assert_right(form(shifted, narrow), shifted, narrow)
+    assert_right(form(wide, narrow), wide, narrow)
 
 
 @needs_native
@@ -174,12 +179,12 @@ def test_native_ghost_form_of_nothing_nan_and_terms_that_cancel(simd):
 
 
 @needs_native
-def test_native_form_is_taken_for_float32_on_the_processors_it_is_faster_on():
+def test_native_form_is_taken_for_the_dtypes_and_on_the_processors_it_is_faster_with():
     if native.simds()[-1] == "portable":
         pytest.skip("a processor without AVX2")
     x = torch.ones(1, 2, 3)
     assert native_gradients.serves(x, x)
-    assert not native_gradients.serves(x, x.bfloat16())
+    assert native_gradients.serves(x, x.bfloat16()) == native.simd().startswith("avx512")
     with use_backend("torch"):
         assert host_kernels(x) is gradients
     with use_backend("native"):

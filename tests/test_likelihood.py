@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hftcore import use_backend
 from hftcore.errors import HftcoreError, NonFiniteError
-from hftcore.kernels import launch, likelihood
+from hftcore.kernels import launch, likelihood, native
 from hftcore.ops.likelihood import sequence_logprobs, weighted_cross_entropy
 
 # Of one log-likelihood. float32 inputs are exact, and logits of size z lose about z * sqrt(D) * 2**-24 in their sums. bfloat16 inputs
@@ -19,9 +19,11 @@ TOLERANCE = 2e-5
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several bands of the vocabulary and several blocks of tokens, the last of each a short one."""
+    """Several bands of the vocabulary and several blocks of tokens, the last of each a short one, in plain PyTorch."""
     monkeypatch.setattr(likelihood, "TOKENS", 3)
     monkeypatch.setattr(likelihood, "_scratch", lambda *_: 21)
+    with use_backend("torch"):
+        yield
 
 
 def inputs(B=3, T=6, D=5, V=17, dtype=torch.float64, seed=0, labelled=0.6):
@@ -227,6 +229,85 @@ def test_loss_and_gradients_equal_the_plain_computation(small_tiles, dtype, soft
         assert (mine.grad.double() - right.grad).abs().max() < GRADIENT_TOLERANCE[dtype] * right.grad.abs().max()
 
 
+@pytest.fixture(params=native.simds())
+def simd(request):
+    with native.use_simd(request.param):
+        yield request.param
+
+
+# S, V, D: one of each; less than a block; a tile of tokens, a band of the vocabulary, a chunk of features, and a bit more of each;
+# as many as there are in a tile and in two bands; an odd number of features over several vectors
+NATIVE_SHAPES = [(1, 1, 1), (3, 5, 2), (97, 193, 513), (96, 384, 32), (33, 1000, 1031)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", NATIVE_SHAPES, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_native_likelihoods_match_the_reference(shape, dtype, with_bias, simd):
+    S, V, D = shape
+    hidden, head, target, bias = inputs(1, S, D, V, dtype, labelled=1.0)
+    rows, target, bias = 3 * hidden[0], target[0], bias.float() if with_bias else None
+    found, lse = native.token_logprobs(rows, head, target, bias)
+    want = likelihood.reference_logprobs(rows, head, target, bias, None)
+    top = likelihood.reference_logits(rows, head, bias, None)
+    assert found.dtype == lse.dtype == torch.float64
+    # sums of up to 1031 products in float32, of logits up to 300
+    torch.testing.assert_close(found, want, rtol=2e-6, atol=2e-6 * float(top.abs().max()))
+    torch.testing.assert_close(lse, top.logsumexp(1), rtol=2e-6, atol=2e-6)
+
+
+def test_native_likelihoods_read_strided_rows_and_are_the_same_on_any_number_of_threads(simd):
+    hidden, head, labels, bias = inputs(1, 300, 65, 700, torch.float32, labelled=1.0)
+    wide = torch.zeros(2 * 700, 70)[::2, 3:68]
+    wide.copy_(head)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, of in ((1, head), (2, wide), (3, head)):
+            torch.set_num_threads(threads)
+            found.append(native.token_logprobs(hidden[0], of, labels[0], bias))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for result in found for one, other in zip(found[0], result, strict=True))
+
+
+def test_native_likelihoods_of_masked_bands_infinity_and_nan(simd):
+    """NaN and infinity come out as such; what a bias masks counts nothing, also a whole band."""
+    hidden, head, labels, bias = inputs(1, 5, 7, 500, torch.float32, labelled=1.0)
+    rows, target = hidden[0], 400 + labels[0] % 100
+    bias[:400] = -math.inf
+    found, _ = native.token_logprobs(rows, head, target, bias)
+    alone, _ = native.token_logprobs(rows, head[400:], target - 400, bias[400:])
+    torch.testing.assert_close(found, alone)
+    masked, _ = native.token_logprobs(rows, head, target, torch.full((500,), -math.inf))
+    assert not masked.isfinite().any()
+    for odd in (math.nan, math.inf):
+        spoiled = rows.clone()
+        spoiled[2, 3] = odd
+        found, lse = native.token_logprobs(spoiled, head, target, None)
+        assert found.isfinite().tolist() == lse.isfinite().tolist() == [True, True, False, True, True]
+
+
+def test_native_likelihoods_are_taken_where_they_are_faster(monkeypatch):
+    if native.simds()[-1] == "portable":
+        pytest.skip("a processor without AVX2")
+    taken = []
+    compute = native.token_logprobs
+    monkeypatch.setattr(native, "token_logprobs", lambda *a: taken.append(1) or compute(*a))
+    for dtype, soft_cap, transposed, backend, expected in (
+        (torch.float32, None, False, "native", 1),
+        (torch.float64, None, False, "native", 0),
+        (torch.float32, 3.0, False, "native", 0),
+        (torch.float32, None, True, "native", 0),
+        (torch.float32, None, False, "torch", 0),
+    ):
+        hidden, head, labels, _ = inputs(dtype=dtype)
+        head = head.T.contiguous().T if transposed else head
+        taken.clear()
+        with use_backend(backend):
+            sequence_logprobs(hidden, head, labels, soft_cap=soft_cap)
+        assert len(taken) == expected, (dtype, soft_cap, transposed, backend)
+
+
 def test_unit_weights_give_the_token_mean_of_transformers():
     hidden, head, labels, _ = inputs(dtype=torch.float32)
     logits = (hidden @ head.T)[:, :-1].flatten(0, 1)
@@ -290,10 +371,11 @@ def test_the_precision_setting_of_the_process_is_put_back(monkeypatch):
     def fail(*args):
         raise RuntimeError("no more memory")
 
-    sequence_logprobs(hidden, head, labels)
+    with use_backend("torch"):
+        sequence_logprobs(hidden, head, labels)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     monkeypatch.setattr(likelihood, "multiply", fail)
-    with pytest.raises(RuntimeError, match="no more memory"):
+    with use_backend("torch"), pytest.raises(RuntimeError, match="no more memory"):
         sequence_logprobs(hidden, head, labels)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 

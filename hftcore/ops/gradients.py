@@ -51,7 +51,7 @@ def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
                 f"gram must be input_gram(x), of shape {(x.shape[0], x.shape[1], x.shape[1])} on {x.device}, "
                 f"got {gram.dtype} {tuple(gram.shape)} on {gram.device}"
             )
-        return host_kernels(x, g, gram).grad_norms_sq(x, g, gram)
+        return host_kernels(x, g).grad_norms_sq(x, g, gram)
     if torch.float64 in (x.dtype, g.dtype):
         return gradients.grad_norms_sq(x.double(), g.double())
     return _kernels(x, g).grad_norms_sq(x, g)

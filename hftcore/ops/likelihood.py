@@ -155,10 +155,16 @@ class _SequenceLogprobs(torch.autograd.Function):
 def _token_logprobs(
     rows: Tensor, head: Tensor, target: Tensor, bias: Tensor | None, soft_cap: float | None
 ) -> tuple[Tensor, Tensor]:
-    # the matrix product of a CPU is PyTorch's own, so `native` and `torch` are one here; the fused kernel has no float64
-    if backend_for(rows.device.type) == "triton" and rows.dtype != torch.float64:
+    backend = backend_for(rows.device.type)
+    # the fused kernel has no float64
+    if backend == "triton" and rows.dtype != torch.float64:
         fused = importlib.import_module("hftcore.kernels.triton_likelihood")
         return fused.token_logprobs(rows, head, target, bias, soft_cap)
+    if backend == "native" and soft_cap is None:
+        native = importlib.import_module("hftcore.kernels.native")
+        # a head of another layout would have to be copied
+        if native.multiplies(rows, head) and head.stride(1) == 1:
+            return native.token_logprobs(rows, head, target, bias)
     return eager.token_logprobs(rows, head, target, bias, soft_cap)
 
 

@@ -1,7 +1,8 @@
 """Native CPU implementations: C++ called through ctypes, which releases the interpreter lock.
 
-The contract of the ops is in `kernels/README.md`. AVX-512, AVX2 or portable code is chosen at run time, and PyTorch's thread
-count decides how many threads may run. `HFTCORE_SIMD` or `use_simd` force one of the paths, for tests and comparisons.
+The contract of the ops is in `kernels/README.md`. AVX-512 (with its products of bfloat16, if there), AVX2 or portable code is chosen at
+run time, and PyTorch's thread count decides how many threads may run. `HFTCORE_SIMD` or `use_simd` force one of the paths, for tests
+and comparisons.
 """
 
 import ctypes
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from hftcore.kernels.eager import empty_mask
 
-SIMDS = ("portable", "avx2", "avx512")  # the index is the number the library knows the path by
+SIMDS = ("portable", "avx2", "avx512", "avx512bf16")  # the index is the number the library knows the path by
 MANY_ROWS = 1 << 18  # with a cut kept for each, rows in place would take more than 4 MB
+BAND = 192  # rows of a head at a time; the library asks for a multiple of 12
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 OPS = (
     "column_energy",
@@ -37,6 +39,7 @@ OPS = (
     "lower_gram",
     "ghost_norms",
     "shares",
+    "logprobs",
 )
 
 
@@ -113,7 +116,7 @@ def simds() -> tuple[str, ...]:
 
 
 def simd() -> str:
-    """The path calls take now: "avx512", "avx2" or "portable"."""
+    """The path calls take now: "avx512bf16", "avx512", "avx2" or "portable"."""
     usable = simds()
     wanted = _forced or os.environ.get("HFTCORE_SIMD")
     if wanted is None:
@@ -382,8 +385,15 @@ def fingerprint(bits: Tensor, first: int = 0) -> int:
     return total.value
 
 
+def multiplies(*factors: Tensor) -> bool:
+    """Whether the products below take these, and take less time than PyTorch's here."""
+    # AVX2 has too few registers to widen factors on their way
+    served = {"portable": (), "avx2": (torch.float32,)}.get(simd(), DTYPES)
+    return all(factor.dtype in served for factor in factors)
+
+
 def lower_gram(x: Tensor) -> Tensor:
-    """As that of `kernels/gradients.py`, of float32."""
+    """As that of `kernels/gradients.py`, but not of float64."""
     B, T, _ = x.shape
     gram = torch.zeros(B, T, T)
     _call_grams("lower_gram", x, None, None, gram)
@@ -391,21 +401,21 @@ def lower_gram(x: Tensor) -> Tensor:
 
 
 def ghost(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
-    """As that of `kernels/gradients.py`, of float32; the same bits whatever the thread count."""
+    """As that of `kernels/gradients.py`, but not of float64; the same bits whatever the thread count."""
     B, T, _ = x.shape
     tiles = -(-T // 128)
     squares = torch.zeros(B, tiles * (tiles + 1) // 2, dtype=torch.float64)
-    _call_grams("ghost_norms", x, g, None if gram is None else gram.contiguous(), squares)
+    _call_grams("ghost_norms", x, g, None if gram is None else gram.float().contiguous(), squares)
     return squares.sum(dim=1).clamp_(min=0).float()
 
 
 def direct(x: Tensor, g: Tensor) -> Tensor:
-    """As that of `kernels/gradients.py`, of float32; the same bits whatever the thread count."""
+    """As that of `kernels/gradients.py`, but not of float64; the same bits whatever the thread count."""
     return _shares(x, g, None)
 
 
 def direct_with_gradient(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """As that of `kernels/gradients.py`, of float32; the same bits whatever the thread count."""
+    """As that of `kernels/gradients.py`, but not of float64; the same bits whatever the thread count."""
     shape = g.shape[2], x.shape[2]
     gradient = torch.empty(shape) if x.numel() and g.numel() else torch.zeros(shape)
     return _shares(x, g, gradient), gradient
@@ -414,7 +424,7 @@ def direct_with_gradient(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 def _shares(x: Tensor, g: Tensor, gradient: Tensor | None) -> Tensor:
     squares = torch.zeros(x.shape[0], dtype=torch.float64)
     if x.numel() and g.numel():
-        x, g = _with_adjacent_features(x), _with_adjacent_features(g)
+        x, g = _factors(x, g)
         job = _tokens(x, g)
         job.rowwise = squares.data_ptr()
         if gradient is not None:
@@ -426,7 +436,7 @@ def _shares(x: Tensor, g: Tensor, gradient: Tensor | None) -> Tensor:
 def _call_grams(op: str, x: Tensor, g: Tensor | None, gram: Tensor | None, out: Tensor) -> None:
     if not x.numel() or (g is not None and not g.numel()):
         return
-    x, g = _with_adjacent_features(x), None if g is None else _with_adjacent_features(g)
+    x, g = _factors(x, x if g is None else g)
     job = _tokens(x, g)
     job.values = out.data_ptr()
     if gram is not None:
@@ -434,14 +444,36 @@ def _call_grams(op: str, x: Tensor, g: Tensor | None, gram: Tensor | None, out: 
     _call(op, job)
 
 
-def _with_adjacent_features(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 else x.contiguous()
+def _factors(*tensors: Tensor) -> list[Tensor]:
+    """The same with their last axis contiguous, and of one dtype."""
+    is_mixed = len({tensor.dtype for tensor in tensors}) > 1
+    wide = [tensor.float() if is_mixed else tensor for tensor in tensors]
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in wide]
 
 
-def _tokens(x: Tensor, g: Tensor | None) -> _Job:
-    job = _Job(rows=x.shape[1], columns=x.shape[2], a=x.shape[0], weight=x.data_ptr())
+def _tokens(x: Tensor, g: Tensor) -> _Job:
+    job = _Job(dtype=DTYPES[x.dtype], rows=x.shape[1], columns=x.shape[2], a=x.shape[0], b=g.shape[2])
+    job.weight, job.reference = x.data_ptr(), g.data_ptr()
     job.weight_column, job.weight_row, _ = x.stride()
-    if g is not None:
-        job.reference, job.b = g.data_ptr(), g.shape[2]
-        job.reference_column, job.reference_row, _ = g.stride()
+    job.reference_column, job.reference_row, _ = g.stride()
     return job
+
+
+def token_logprobs(rows: Tensor, head: Tensor, target: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As that of `kernels/likelihood.py` without a cap, but not of float64; the same bits whatever the thread count."""
+    count, bands = len(rows), -(-len(head) // BAND)
+    found = torch.empty(2 * bands + 1, count)
+    if found.numel():
+        rows, head = _factors(rows, head)
+        job = _Job(dtype=DTYPES[rows.dtype], rows=count, columns=rows.shape[1], a=BAND, b=len(head))
+        job.weight, job.reference, job.values = rows.data_ptr(), head.data_ptr(), found.data_ptr()
+        job.weight_row, job.reference_row = rows.stride(0), head.stride(0)
+        target = target.contiguous()
+        job.rowwise = target.data_ptr()
+        if bias is not None:
+            bias = bias.float().contiguous()
+            job.norm = bias.data_ptr()
+        _call("logprobs", job)
+    bands_of = found[:-1].view(bands, 2, count).double()
+    lse = (bands_of[:, 0] + bands_of[:, 1].log()).logsumexp(dim=0)
+    return found[-1] - lse, lse

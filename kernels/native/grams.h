@@ -7,7 +7,7 @@ constexpr int64_t TILE_ROWS = 128;
 constexpr int64_t CHUNK = 512;
 
 // x and g: `a` samples of `rows` tokens, the tokens weight_row and reference_row apart, the samples weight_column and reference_column;
-// `columns` features of x and `b` of g, contiguous. `norm`: the Gram matrices of x, if they are there. All float32.
+// `columns` features of x and `b` of g, contiguous. `norm`: the Gram matrices of x, float32, if they are there.
 struct Grams {
   const Job& job;
   int64_t height, bands, pairs;  // rows of a tile, a multiple of all block sizes; tiles of a sample's rows; pairs of these
@@ -36,75 +36,64 @@ struct Tile {
   }
 };
 
-// One of the two, and how far its samples and their tokens lie apart.
-struct Side {
-  const float* data;
-  int64_t sample, row, features;
-
-  const float* at(int64_t which, int64_t token) const { return data + which * sample + token * row; }
-};
-
-inline Side inputs(const Job& job) {
-  return {static_cast<const float*>(job.weight), job.weight_column, job.weight_row, job.columns};
-}
-
-inline Side output_gradients(const Job& job) {
-  return {static_cast<const float*>(job.reference), job.reference_column, job.reference_row, job.b};
-}
-
-inline void pointers(const Side& side, int64_t sample, int64_t first, int64_t count, int64_t start, int64_t blocks, int64_t k,
-                     const float** out) {
+template <class T>
+INLINE void pointers(const Side<T>& side, int64_t sample, int64_t first, int64_t count, int64_t start, int64_t blocks, int64_t k,
+                     const T** out) {
   // rows past the last one are the last one again; what comes of them is not used
   for (int64_t i = 0; i < blocks; ++i) out[i] = side.at(sample, first + smaller(start + i, count - 1)) + k;
 }
 
-INLINE void multiply_rows(const float* const* a, const float* const* b, int64_t n, Floats (&sum)[SUM_ROWS][SUM_COLUMNS]) {
+template <class T>
+INLINE void multiply_rows(const T* const* inner, const T* const* outer, int64_t n, Floats (&sum)[SUM_INNER][SUM_OUTER]) {
+  using F = Factors<T>;
+  constexpr int64_t COUNT = LANES * F::TOGETHER;
   for (auto& row : sum)
     for (Floats& one : row) one = spread(0);
   int64_t k = 0;
-  for (; k + LANES <= n; k += LANES) {
-    Floats x[SUM_ROWS];
-    for (int64_t i = 0; i < SUM_ROWS; ++i) x[i] = load(a[i] + k);
-    for (int64_t j = 0; j < SUM_COLUMNS; ++j) {
-      Floats y = load(b[j] + k);
-      for (int64_t i = 0; i < SUM_ROWS; ++i) sum[i][j] = multiply_add(x[i], y, sum[i][j]);
+  for (; k + COUNT <= n; k += COUNT) {
+    F x[SUM_INNER];
+    for (int64_t i = 0; i < SUM_INNER; ++i) x[i] = F::at(inner[i] + k);
+    for (int64_t j = 0; j < SUM_OUTER; ++j) {
+      F y = F::at(outer[j] + k);
+      for (int64_t i = 0; i < SUM_INNER; ++i) sum[i][j] = multiply_add(x[i], y, sum[i][j]);
     }
   }
   if (k == n) return;
-  for (int64_t j = 0; j < SUM_COLUMNS; ++j) {
-    Floats y = load_some(b[j] + k, n - k);
-    for (int64_t i = 0; i < SUM_ROWS; ++i) sum[i][j] = multiply_add(load_some(a[i] + k, n - k), y, sum[i][j]);
+  for (int64_t j = 0; j < SUM_OUTER; ++j) {
+    F y = F::some(outer[j] + k, n - k);
+    for (int64_t i = 0; i < SUM_INNER; ++i) sum[i][j] = multiply_add(F::some(inner[i] + k, n - k), y, sum[i][j]);
   }
 }
 
 // `use(row, column, sums)` for every block of the tile up to the diagonal, for one chunk of the features after the other.
-template <class Use>
-INLINE void for_blocks(const Tile& tile, const Side& side, Use use) {
+template <class T, class Use>
+INLINE void for_blocks(const Tile& tile, const Side<T>& side, Use use) {
   for (int64_t k = 0; k < side.features; k += CHUNK) {
     int64_t n = smaller(CHUNK, side.features - k);
-    for (int64_t i = 0; i < tile.rows; i += SUM_ROWS) {
-      const float* a[SUM_ROWS];
-      pointers(side, tile.sample, tile.first, tile.rows, i, SUM_ROWS, k, a);
-      int64_t stop = tile.first == tile.second ? smaller(tile.columns, i + SUM_ROWS) : tile.columns;
-      for (int64_t j = 0; j < stop; j += SUM_COLUMNS) {
-        const float* b[SUM_COLUMNS];
-        pointers(side, tile.sample, tile.second, tile.columns, j, SUM_COLUMNS, k, b);
-        Floats sum[SUM_ROWS][SUM_COLUMNS];
-        multiply_rows(a, b, n, sum);
+    for (int64_t i = 0; i < tile.rows; i += SUM_OUTER) {
+      const T* outer[SUM_OUTER];
+      pointers(side, tile.sample, tile.first, tile.rows, i, SUM_OUTER, k, outer);
+      int64_t stop = tile.first == tile.second ? smaller(tile.columns, i + SUM_OUTER) : tile.columns;
+      for (int64_t j = 0; j < stop; j += SUM_INNER) {
+        const T* inner[SUM_INNER];
+        pointers(side, tile.sample, tile.second, tile.columns, j, SUM_INNER, k, inner);
+        Floats sum[SUM_INNER][SUM_OUTER];
+        multiply_rows(inner, outer, n, sum);
         use(i, j, sum);
       }
     }
   }
 }
 
-inline void make_gram(const Tile& tile, const Side& side) {
+template <class T>
+inline void make_gram(const Tile& tile, const Side<T>& side) {
   std::memset(tile.values, 0, size_t(tile.pitch * tile.pitch) * sizeof(float));
-  for_blocks(tile, side, [&](int64_t i, int64_t j, const Floats(&sum)[SUM_ROWS][SUM_COLUMNS]) __attribute__((always_inline)) {
-    for (int64_t r = 0; r < SUM_ROWS; ++r)
-      for (int64_t c = 0; c < SUM_COLUMNS; ++c) tile.values[(i + r) * tile.pitch + j + c] += add_up(sum[r][c]);
+  for_blocks(tile, side, [&](int64_t i, int64_t j, const Floats(&sum)[SUM_INNER][SUM_OUTER]) __attribute__((always_inline)) {
+    add_up_to(tile.values + i * tile.pitch + j, tile.pitch, sum);
   });
 }
 
+template <class T>
 inline void lower_gram(const void* context, char* memory, Chunks& chunks) {
   const Grams& grams = *static_cast<const Grams*>(context);
   const Job& job = grams.job;
@@ -112,7 +101,7 @@ inline void lower_gram(const void* context, char* memory, Chunks& chunks) {
   while (chunks.next(begin, end))
     for (; begin < end; ++begin) {
       Tile tile(grams, begin, reinterpret_cast<float*>(memory));
-      make_gram(tile, inputs(job));
+      make_gram(tile, inputs<T>(job));
       float* out = static_cast<float*>(job.values) + tile.sample * job.rows * job.rows;
       for (int64_t i = 0; i < tile.rows; ++i) {
         int64_t row = tile.first + i, count = smaller(tile.columns, row + 1 - tile.second);
@@ -134,6 +123,7 @@ inline void weigh(const Tile& tile) {
     }
 }
 
+template <class T>
 inline void ghost_norms(const void* context, char* memory, Chunks& chunks) {
   const Grams& grams = *static_cast<const Grams*>(context);
   const Job& job = grams.job;
@@ -147,24 +137,25 @@ inline void ghost_norms(const void* context, char* memory, Chunks& chunks) {
           std::memcpy(tile.values + i * tile.pitch, gram + (tile.first + i) * job.rows + tile.second,
                       size_t(tile.columns) * sizeof(float));
       } else {
-        make_gram(tile, inputs(job));
+        make_gram(tile, inputs<T>(job));
       }
       weigh(tile);
       double total = 0;
-      for_blocks(tile, output_gradients(job), [&](int64_t i, int64_t j, const Floats(&sum)[SUM_ROWS][SUM_COLUMNS]) __attribute__((always_inline)) {
+      for_blocks(tile, output_gradients<T>(job), [&](int64_t i, int64_t j, const Floats(&sum)[SUM_INNER][SUM_OUTER]) __attribute__((always_inline)) {
         Floats part = spread(0);
-        for (int64_t r = 0; r < SUM_ROWS; ++r)
-          for (int64_t c = 0; c < SUM_COLUMNS; ++c)
-            part = multiply_add(spread(tile.values[(i + r) * tile.pitch + j + c]), sum[r][c], part);
+        for (int64_t r = 0; r < SUM_OUTER; ++r)
+          for (int64_t c = 0; c < SUM_INNER; ++c)
+            part = multiply_add(spread(tile.values[(i + r) * tile.pitch + j + c]), sum[c][r], part);
         total += double(add_up(part));
       });
       static_cast<double*>(job.values)[begin] = total;
     }
 }
 
+template <class T>
 inline bool run_grams(bool ghost, const Job& job) {
   Grams grams(job);
   int64_t scratch = grams.height * grams.height * int64_t{sizeof(float)};
   int64_t work = grams.height * grams.height * ((job.norm ? 0 : job.columns) + (ghost ? job.b : 0)) / LANES;
-  return parallel(job.a * grams.pairs, work, 1, job.threads, scratch, ghost ? ghost_norms : lower_gram, &grams);
+  return parallel(job.a * grams.pairs, work, 1, job.threads, scratch, ghost ? ghost_norms<T> : lower_gram<T>, &grams);
 }

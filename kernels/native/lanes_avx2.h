@@ -14,22 +14,45 @@ INLINE __m256 load(const BFloat16* p) {
 INLINE __m256 load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
 // sums of floats; of the products in grams.h and shares.h so many lie in the 16 registers
-constexpr int64_t LANES = 8, SUM_ROWS = 3, SUM_COLUMNS = 4, SHARE_ROWS = 6;
+constexpr int64_t LANES = 8, SUM_INNER = 3, SUM_OUTER = 4, SHARE_ROWS = 6;
 using Floats = __m256;
 
 INLINE Floats load_some(const float* p, int64_t n) {
   const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(n)), place));
 }
+template <class T>
+INLINE Floats load_some(const T* p, int64_t n) {
+  if (n >= LANES) return load(p);
+  T some[LANES] = {};
+  for (int64_t j = 0; j < n; ++j) some[j] = p[j];
+  return load(some);
+}
 INLINE Floats spread(float x) { return _mm256_set1_ps(x); }
 INLINE void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 INLINE Floats add_square(Floats sum, Floats x) { return _mm256_add_ps(sum, _mm256_mul_ps(x, x)); }
 INLINE Floats multiply_add(Floats x, Floats y, Floats sum) { return _mm256_fmadd_ps(x, y, sum); }
 INLINE Floats add(Floats x, Floats y) { return _mm256_add_ps(x, y); }
+INLINE Floats subtract(Floats x, Floats y) { return _mm256_sub_ps(x, y); }
+INLINE Floats greater(Floats x, Floats y) { return _mm256_max_ps(x, y); }  // y where either is NaN
 INLINE float add_up(Floats x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+// to[outer * pitch + inner] += what the lanes of sum[inner][outer] add up to
+INLINE void add_up_to(float* to, int64_t pitch, const Floats (&sum)[SUM_INNER][SUM_OUTER]) {
+  for (int64_t j = 0; j < SUM_OUTER; ++j)
+    for (int64_t i = 0; i < SUM_INNER; ++i) to[j * pitch + i] += add_up(sum[i][j]);
+}
+
+INLINE Floats nearest(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+// x * 2^whole, for whole <= 0; what would be below the normal numbers is about the least of them
+INLINE Floats times_power(Floats x, Floats whole) {
+  __m256i exponent = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_set1_ps(-126), whole));
+  return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23)));
 }
 
 INLINE __m256i load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

@@ -16,16 +16,38 @@ INLINE __m512 load(const Float16* p) {
 }
 
 // sums of floats; of the products in grams.h and shares.h so many lie in the 32 registers
-constexpr int64_t LANES = 16, SUM_ROWS = 4, SUM_COLUMNS = 6, SHARE_ROWS = 14;
+constexpr int64_t LANES = 16, SUM_INNER = 4, SUM_OUTER = 6, SHARE_ROWS = 14;
 using Floats = __m512;
 
-INLINE Floats load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+INLINE __mmask16 first_lanes(int64_t n) { return n < 16 ? __mmask16((1u << n) - 1) : __mmask16(0xFFFF); }
+INLINE Floats load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+INLINE Floats load_some(const BFloat16* p, int64_t n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16));
+}
+INLINE Floats load_some(const Float16* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 INLINE Floats spread(float x) { return _mm512_set1_ps(x); }
 INLINE void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 INLINE Floats add_square(Floats sum, Floats x) { return _mm512_add_ps(sum, _mm512_mul_ps(x, x)); }
 INLINE Floats multiply_add(Floats x, Floats y, Floats sum) { return _mm512_fmadd_ps(x, y, sum); }
 INLINE Floats add(Floats x, Floats y) { return _mm512_add_ps(x, y); }
+INLINE Floats subtract(Floats x, Floats y) { return _mm512_sub_ps(x, y); }
+INLINE Floats greater(Floats x, Floats y) { return _mm512_max_ps(x, y); }  // y where either is NaN
 INLINE float add_up(Floats x) { return _mm512_reduce_add_ps(x); }
+
+// to[outer * pitch + inner] += what the lanes of sum[inner][outer] add up to
+INLINE void add_up_to(float* to, int64_t pitch, const Floats (&sum)[SUM_INNER][SUM_OUTER]) {
+  for (int64_t j = 0; j < SUM_OUTER; ++j, to += pitch) {
+    __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(sum[0][j], sum[1][j]), _mm512_unpackhi_ps(sum[0][j], sum[1][j]));
+    __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(sum[2][j], sum[3][j]), _mm512_unpackhi_ps(sum[2][j], sum[3][j]));
+    __m512 four = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xEE));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    __m128 all = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), all));
+  }
+}
+
+INLINE Floats nearest(Floats x) { return _mm512_roundscale_ps(x, 0); }
+INLINE Floats times_power(Floats x, Floats whole) { return _mm512_scalef_ps(x, whole); }  // x * 2^whole
 
 struct Sum {
   __m512 lane[4];

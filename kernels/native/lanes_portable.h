@@ -13,15 +13,16 @@ INLINE float widen(Float16 x) {
 }
 
 // sums of floats, and how many of them the products in grams.h and shares.h take
-constexpr int64_t LANES = 4, SUM_ROWS = 2, SUM_COLUMNS = 4, SHARE_ROWS = 6;
+constexpr int64_t LANES = 4, SUM_INNER = 2, SUM_OUTER = 4, SHARE_ROWS = 6;
 
 struct Floats {
   float lane[LANES];
 };
 
-INLINE Floats load_some(const float* p, int64_t n) {
+template <class T>
+INLINE Floats load_some(const T* p, int64_t n) {
   Floats x = {};
-  for (int64_t j = 0; j < n; ++j) x.lane[j] = p[j];
+  for (int64_t j = 0; j < LANES && j < n; ++j) x.lane[j] = widen(p[j]);
   return x;
 }
 
@@ -51,7 +52,35 @@ INLINE Floats add(Floats x, Floats y) {
   return x;
 }
 
+INLINE Floats subtract(Floats x, Floats y) {
+  for (int64_t j = 0; j < LANES; ++j) x.lane[j] -= y.lane[j];
+  return x;
+}
+
+// y where either is NaN
+INLINE Floats greater(Floats x, Floats y) {
+  for (int64_t j = 0; j < LANES; ++j) x.lane[j] = x.lane[j] > y.lane[j] ? x.lane[j] : y.lane[j];
+  return x;
+}
+
 INLINE float add_up(Floats x) { return (x.lane[0] + x.lane[1]) + (x.lane[2] + x.lane[3]); }
+
+// to[outer * pitch + inner] += what the lanes of sum[inner][outer] add up to
+INLINE void add_up_to(float* to, int64_t pitch, const Floats (&sum)[SUM_INNER][SUM_OUTER]) {
+  for (int64_t j = 0; j < SUM_OUTER; ++j)
+    for (int64_t i = 0; i < SUM_INNER; ++i) to[j * pitch + i] += add_up(sum[i][j]);
+}
+
+INLINE Floats nearest(Floats x) {
+  for (float& lane : x.lane) lane = std::nearbyintf(lane);
+  return x;
+}
+
+// x * 2^whole
+INLINE Floats times_power(Floats x, Floats whole) {
+  for (int64_t j = 0; j < LANES; ++j) x.lane[j] *= std::exp2f(whole.lane[j]);
+  return x;
+}
 
 // sums of scores; not finite if one of them is not
 struct Sum {

@@ -34,7 +34,10 @@ enum Op {
   LOWER_GRAM,
   GHOST_NORMS,
   SHARES,
+  LOGPROBS,
 };
+
+inline bool is_product(int op) { return op >= LOWER_GRAM; }
 
 template <class T>
 struct Element {
@@ -64,9 +67,13 @@ namespace portable {
 
 #include "select.h"
 
+#include "products.h"
+
 #include "grams.h"
 
 #include "shares.h"
+
+#include "logprobs.h"
 
 #include "ops.h"
 }  // namespace portable
@@ -83,9 +90,13 @@ namespace avx2 {
 
 #include "select.h"
 
+#include "products.h"
+
 #include "grams.h"
 
 #include "shares.h"
+
+#include "logprobs.h"
 
 #include "ops.h"
 }  // namespace avx2
@@ -100,12 +111,36 @@ namespace avx512 {
 
 #include "select.h"
 
+#include "products.h"
+
 #include "grams.h"
 
 #include "shares.h"
 
+#include "logprobs.h"
+
 #include "ops.h"
 }  // namespace avx512
+#pragma GCC pop_options
+
+// products of bfloat16 alone: what it adds serves nothing else
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512")
+namespace avx512bf16 {
+#include "lanes_avx512.h"
+
+#include "keys.h"
+
+#include "products.h"
+
+#include "pairs.h"
+
+#include "grams.h"
+
+#include "shares.h"
+
+#include "logprobs.h"
+}  // namespace avx512bf16
 #pragma GCC pop_options
 
 #endif
@@ -115,7 +150,7 @@ namespace avx512 {
 #pragma GCC visibility push(default)
 extern "C" {
 
-// 0 portable, 1 AVX2, 2 AVX-512
+// 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with products of bfloat16
 int hftcore_best_simd() {
 #ifdef HFTCORE_X86
   // the instructions of the AVX2 machines (2013) that the compiler may use there
@@ -123,7 +158,7 @@ int hftcore_best_simd() {
               __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("lzcnt");
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx2 ? avx512 ? 2 : 1 : 0;
+  return avx2 ? avx512 ? __builtin_cpu_supports("avx512bf16") ? 3 : 2 : 1 : 0;
 #else
   return 0;
 #endif
@@ -134,9 +169,11 @@ void hftcore_use_team(hftcore::Team team) { hftcore::team = team; }
 
 // 0, or 1 when memory could not be had (nothing was changed), or 2 for an unknown op
 int hftcore_run(int simd, int op, const hftcore::Job* job) {
-  if (op < 0 || op > hftcore::SHARES || simd < 0 || simd > hftcore_best_simd()) return 2;
+  if (op < 0 || op > hftcore::LOGPROBS || simd < 0 || simd > hftcore_best_simd()) return 2;
 #ifdef HFTCORE_X86
-  if (simd == 2) return hftcore::avx512::run(op, *job) ? 0 : 1;
+  if (simd == 3 && hftcore::is_product(op) && job->dtype == hftcore::BFLOAT16)
+    return hftcore::avx512bf16::run_product<hftcore::BFloat16>(op, *job) ? 0 : 1;
+  if (simd >= 2) return hftcore::avx512::run(op, *job) ? 0 : 1;
   if (simd == 1) return hftcore::avx2::run(op, *job) ? 0 : 1;
 #endif
   return hftcore::portable::run(op, *job) ? 0 : 1;

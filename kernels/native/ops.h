@@ -511,6 +511,7 @@ inline void mask_counts(const void* context, char*, Chunks& chunks) {
 
 template <class T>
 inline bool run_typed(int op, const Job& job) {
+  if (is_product(op)) return run_product<T>(op, job);
   using O = Ops<T>;
   int64_t unit = job.weight_column == 1 ? 1 : Rows<T>::together(job.columns);
   switch (op) {
@@ -545,8 +546,6 @@ inline bool run_typed(int op, const Job& job) {
 }
 
 inline bool run(int op, const Job& job) {
-  if (op == LOWER_GRAM || op == GHOST_NORMS) return run_grams(op == GHOST_NORMS, job);
-  if (op == SHARES) return run_shares(job);
   if (op == MASK_COUNTS) return parallel(job.rows, job.columns / 8, 1, job.threads, 0, mask_counts, &job);
   if (op == FINGERPRINT) {
     int64_t pieces = (job.a + job.b - 1) / job.b;

@@ -1,24 +1,25 @@
 // Each sample's share g^T x of a gradient: its square, and the sum over the samples. Included like keys.h.
 //
 // A tile of the gradient stays in the second-level cache while one sample after the other is added to it. The tokens are packed, STEP
-// at a time, into panels of few features, so that a block of sums in registers reads both sides in order; a share's sums are squared
+// words at a time, into panels of few features, so that a block of sums in registers reads both sides in order; a share's sums are squared
 // where they are, on their way to the tile.
 
 constexpr int64_t STEP = 192;
 constexpr int64_t WIDE = 2 * LANES;                   // features of a panel of one side; of the other they are SHARE_ROWS
 constexpr int64_t TALL = 4, TALLEST = 16, BROAD = 12;  // panels of a tile: of the other side at least and at most, of this at most
 
-// x and g as in grams.h; `values`: the gradient [b, columns], or null; `rowwise`: the squares, double [a]. All else float32.
+// x and g as in grams.h; `values`: the gradient [b, columns], float32, or null; `rowwise`: the squares, double [a].
+template <class T>
 struct Shares {
   const Job& job;
-  Side narrow, wide;
+  Side<T> narrow, wide;
   int64_t height, width;  // features of a tile
   int64_t rows, columns;  // tiles
   double* squares;        // [tiles, a]
 
   explicit Shares(const Job& job) : job(job) {
-    narrow = output_gradients(job);
-    wide = inputs(job);
+    narrow = output_gradients<T>(job);
+    wide = inputs<T>(job);
     if (is_transposed()) std::swap(narrow, wide);
     // whatever the number of threads: some tiles for each of many, but none so small that packing shows
     height = larger(TALL, smaller(TALLEST, (narrow.features / 4 + SHARE_ROWS - 1) / SHARE_ROWS)) * SHARE_ROWS;
@@ -29,39 +30,38 @@ struct Shares {
 
   // a panel of the wide side should be full
   bool is_transposed() const { return job.columns < WIDE && job.b > job.columns; }
-  int64_t steps() const { return (job.rows + STEP - 1) / STEP; }
+  static constexpr int64_t TOKENS = STEP * Factors<T>::TOGETHER;  // of a step
+  int64_t steps() const { return (job.rows + TOKENS - 1) / TOKENS; }
   int64_t scratch() const { return (height * width * (steps() > 1 ? 2 : 1) + (height + width) * STEP) * int64_t{sizeof(float)}; }
 };
 
-// `n` tokens of `count` features as [n, pitch], zeros behind each token's.
-inline void pack(const float* from, int64_t row, int64_t n, int64_t count, int64_t pitch, float* to) {
-  for (int64_t t = 0; t < n; ++t, from += row, to += pitch) {
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
-    for (; i < count; ++i) to[i] = from[i];
-    for (; i < pitch; ++i) to[i] = 0;
-  }
+// `n` tokens of `count` features as words [.., pitch], zeros behind each token's. Up to LANES - 1 words are written behind the last.
+template <class T>
+inline void pack(const T* from, int64_t row, int64_t n, int64_t count, int64_t pitch, float* to) {
+  constexpr int64_t TOGETHER = Factors<T>::TOGETHER;
+  for (int64_t t = 0; t < n; t += TOGETHER, from += TOGETHER * row, to += pitch)
+    for (int64_t i = 0; i < pitch; i += LANES) store(to + i, Factors<T>::words(from + i, row, n - t, larger(0, count - i)));
 }
 
 // A block of sums over tokens, and what becomes of it.
 struct Block {
-  const float *narrow, *wide;  // [n, the block's rows], [n, WIDE]
+  const float *narrow, *wide;  // words [n, the block's rows], [n, WIDE]
   int64_t n;
   float *earlier, *later;  // sums over the tokens before, or null; where they are kept for those to come, or null where these are the last
   float* total;            // the tile's block, or null where it is not wanted
   bool is_first;           // sample of the total
 };
 
-template <int64_t R>
+template <class T, int64_t R>
 INLINE float add_block_of(const Block& block) {
   Floats sum[R][2];
   for (int64_t r = 0; r < R; ++r)
     for (int64_t v = 0; v < 2; ++v) sum[r][v] = block.earlier ? load(block.earlier + r * WIDE + v * LANES) : spread(0);
   const float *a = block.narrow, *b = block.wide;
   for (int64_t t = 0; t < block.n; ++t, a += R, b += WIDE) {
-    Floats x = load(b), y = load(b + LANES);
+    auto x = Factors<T>::packed(b), y = Factors<T>::packed(b + LANES);
     for (int64_t r = 0; r < R; ++r) {
-      Floats one = spread(a[r]);
+      auto one = Factors<T>::repeated(a[r]);
       sum[r][0] = multiply_add(one, x, sum[r][0]);
       sum[r][1] = multiply_add(one, y, sum[r][1]);
     }
@@ -83,14 +83,15 @@ INLINE float add_block_of(const Block& block) {
 // How many rows of sums are worth having for so many features of the narrow side.
 INLINE int64_t rows_for(int64_t features) { return features >= SHARE_ROWS ? SHARE_ROWS : round_up(features, 2); }
 
-template <int64_t R>
+template <class T, int64_t R>
 INLINE float add_block(int64_t rows, const Block& block) {
   if constexpr (R > 2)
-    if (rows < R) return add_block<R - 2>(rows, block);
-  return add_block_of<R>(block);
+    if (rows < R) return add_block<T, R - 2>(rows, block);
+  return add_block_of<T, R>(block);
 }
 
-inline void give_tile(const Shares& shares, const float* tile, int64_t top, int64_t left, int64_t height, int64_t width) {
+template <class T>
+inline void give_tile(const Shares<T>& shares, const float* tile, int64_t top, int64_t left, int64_t height, int64_t width) {
   const int64_t pitch = shares.job.columns;
   float* gradient = static_cast<float*>(shares.job.values);
   for (int64_t i = 0; i < height; i += SHARE_ROWS)
@@ -107,7 +108,8 @@ inline void give_tile(const Shares& shares, const float* tile, int64_t top, int6
     }
 }
 
-inline void share_tile(const Shares& shares, int64_t item, float* memory) {
+template <class T>
+inline void share_tile(const Shares<T>& shares, int64_t item, float* memory) {
   const Job& job = shares.job;
   const int64_t top = item / shares.columns * shares.height, left = item % shares.columns * shares.width;
   const int64_t height = smaller(shares.height, shares.narrow.features - top), width = smaller(shares.width, shares.wide.features - left);
@@ -119,8 +121,8 @@ inline void share_tile(const Shares& shares, int64_t item, float* memory) {
   for (int64_t sample = 0; sample < job.a; ++sample) {
     double square = 0;
     for (int64_t step = 0; step < steps; ++step) {
-      const int64_t first = step * STEP, n = smaller(STEP, job.rows - first);
-      const float *a = shares.narrow.at(sample, first) + top, *b = shares.wide.at(sample, first) + left;
+      const int64_t first = step * shares.TOKENS, n = smaller(shares.TOKENS, job.rows - first);
+      const T *a = shares.narrow.at(sample, first) + top, *b = shares.wide.at(sample, first) + left;
       for (int64_t i = 0; i < height; i += SHARE_ROWS)
         pack(a + i, shares.narrow.row, n, smaller(SHARE_ROWS, height - i), rows_for(height - i), narrow + i * STEP);
       for (int64_t j = 0; j < width; j += WIDE) pack(b + j, shares.wide.row, n, smaller(WIDE, width - j), WIDE, wide + j * STEP);
@@ -129,12 +131,12 @@ inline void share_tile(const Shares& shares, int64_t item, float* memory) {
           const int64_t place = i * shares.width + j * SHARE_ROWS;
           Block block{narrow + i * STEP,
                       wide + j * STEP,
-                      n,
+                      (n + Factors<T>::TOGETHER - 1) / Factors<T>::TOGETHER,
                       step ? partial + place : nullptr,
                       step + 1 < steps ? partial + place : nullptr,
                       job.values ? tile + place : nullptr,
                       sample == 0};
-          float found = add_block<SHARE_ROWS>(rows_for(height - i), block);
+          float found = add_block<T, SHARE_ROWS>(rows_for(height - i), block);
           if (!block.later) square += double(found);
         }
     }
@@ -143,19 +145,21 @@ inline void share_tile(const Shares& shares, int64_t item, float* memory) {
   if (job.values) give_tile(shares, tile, top, left, height, width);
 }
 
+template <class T>
 inline void share_tiles(const void* context, char* memory, Chunks& chunks) {
   int64_t begin, end;
   while (chunks.next(begin, end))
-    for (; begin < end; ++begin) share_tile(*static_cast<const Shares*>(context), begin, reinterpret_cast<float*>(memory));
+    for (; begin < end; ++begin) share_tile(*static_cast<const Shares<T>*>(context), begin, reinterpret_cast<float*>(memory));
 }
 
+template <class T>
 inline bool run_shares(const Job& job) {
-  Shares shares(job);
+  Shares<T> shares(job);
   const int64_t tiles = shares.rows * shares.columns;
   shares.squares = static_cast<double*>(std::malloc(size_t(tiles * job.a) * sizeof(double)));
   if (!shares.squares) return false;
   int64_t work = job.a * job.rows * smaller(shares.height, shares.narrow.features) * shares.width / LANES;
-  bool done = parallel(tiles, work, 1, job.threads, shares.scratch(), share_tiles, &shares);
+  bool done = parallel(tiles, work, 1, job.threads, shares.scratch(), share_tiles<T>, &shares);
   double* squares = reinterpret_cast<double*>(job.rowwise);
   for (int64_t sample = 0; done && sample < job.a; ++sample) {
     squares[sample] = 0;

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hftcore.bindings.commands import run_antidote
+from hftcore.bindings.data import load_samples
 from hftcore.bindings.evaluation.cells import key_of
 from hftcore.bindings.evaluation.run import Options, identity
 from hftcore.bindings.jobs import Job, check_measured
 from hftcore.bindings.models_io import find_folder, is_adapter
 from hftcore.bindings.output import check_output
 from hftcore.bindings.trainers import METHODS
-from hftcore.bindings.training import Recipe, checkpoints_of, make_arguments, make_recipe, read_yaml, train
+from hftcore.bindings.training import Recipe, last_checkpoint, make_arguments, make_recipe, read_yaml, train
 from hftcore.defenses.settings import check_number
 from hftcore.errors import HftcoreError
 
@@ -104,7 +105,7 @@ def run_pipeline(config: Path, out: Path, device: str | None = None, dtype: str 
 
 def _run(stage: Stage, model: str, target: Path, merges: bool, device: str | None, dtype: str) -> None:
     if stage.recipe is not None:
-        resume = any(checkpoints_of(target).glob("checkpoint-*"))
+        resume = last_checkpoint(target) is not None
         train(stage.recipe, stage.method, model, target, resume, device, dtype, merges)
         return
     options = dict(stage.options)
@@ -122,6 +123,8 @@ def _stage(number: int, given: Any, path: Path) -> Stage:
             return _antidote_stage(settings, path)
         recipe = make_recipe(given["method"], settings, path)
         make_arguments(recipe, path.parent, is_cpu=True)
+        for file in recipe.data.values():
+            load_samples(file)
     except HftcoreError as error:
         raise HftcoreError(f"stage {number}: {error}") from error
     if recipe.refusals is not None:
@@ -140,6 +143,8 @@ def _antidote_stage(settings: dict[str, Any], path: Path) -> Stage:
         if not options[key].exists():
             raise HftcoreError(f"{path}: {key} must exist, got {options[key]}")
         files.append(options[key])
+    if "data" in options:
+        load_samples(options["data"])
     if "reference" in options:
         options["reference"] = str(options["reference"])
     ratio = options.pop("dense_ratio", 0.1)

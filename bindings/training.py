@@ -4,9 +4,11 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import json
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,6 +105,9 @@ def make_recipe(name: str, given: Mapping[str, Any], source: Path) -> Recipe:
         data[dataset] = source.parent / str(given[key])
         if not data[dataset].is_file():
             raise HftcoreError(f"{source}: {key} must be an existing file, got {data[dataset]}")
+    kinds = {field.name: field.type for field in dataclasses.fields(config)}
+    for key in given.keys() & fields:
+        _check_kind(key, given[key], kinds[key], source)
     return Recipe(
         method,
         data,
@@ -151,9 +156,10 @@ def train(
     loaded, tokenizer = load_model(model, device, dtype)
     # a new adapter begins with random factors
     set_seed(recipe.settings.get("seed", 42))
-    with _checkpoints(recipe, out, resume) as folder:
+    with _checkpoints(recipe, out, resume) as (folder, checkpoint):
         trainer = make_trainer(recipe, _trainable(loaded, recipe.lora), tokenizer, folder)
-        result = trainer.train(resume_from_checkpoint=resume or None)
+        _check_trained(trainer)
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trained, edit = trainer.model.eval(), getattr(trainer, "edit", None)
     if merges and hasattr(trained, "peft_config"):
         # an edit of the factors says nothing about merged weights
@@ -173,6 +179,22 @@ def checkpoints_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.checkpoints")
 
 
+def last_checkpoint(out: Path) -> Path | None:
+    """The last whole checkpoint of a training that writes to `out`: one that it was killed while writing does not count."""
+    found = checkpoints_of(out).glob("checkpoint-*")
+    whole = [path for path in found if path.name[11:].isdigit() and _is_whole(path)]
+    return max(whole, key=lambda path: int(path.name[11:]), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        # what transformers writes last
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def make_arguments(recipe: Recipe, folder: Path, is_cpu: bool) -> Any:
     """The trainer's arguments, of the recipe's settings.
 
@@ -183,11 +205,16 @@ def make_arguments(recipe: Recipe, folder: Path, is_cpu: bool) -> Any:
     defaults = {"save_strategy": "no", "logging_steps": 10}
     own = {"output_dir": str(folder), "report_to": "none", "disable_tqdm": not sys.stderr.isatty(), "use_cpu": is_cpu}
     try:
-        return config_class(**(defaults | recipe.settings | own))
+        args = config_class(**(defaults | recipe.settings | own))
     except HftcoreError:
         raise
     except (TypeError, ValueError) as error:
         raise HftcoreError(f"the training settings do not fit together: {' '.join(str(error).split())}") from error
+    if args.eval_strategy != "no":
+        raise HftcoreError(
+            f"eval_strategy must be no, as a recipe has no data to evaluate on, got {args.eval_strategy.value}; leave it out"
+        )
+    return args
 
 
 def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, folder: Path) -> Any:
@@ -215,35 +242,51 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, folder: Path) -> An
 def _trainable(model: Any, lora: dict[str, Any] | None) -> Any:
     """The model with what is to be trained requiring gradients: its adapter, a new one, or all of it."""
     if lora is not None:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise HftcoreError("lora needs peft; pip install peft") from error
+        from peft import LoraConfig, get_peft_model
+
         try:
             return get_peft_model(model, LoraConfig(**lora))
         except (TypeError, ValueError) as error:
             raise HftcoreError(f"lora does not fit the model: {' '.join(str(error).split())}") from error
     has_adapter = hasattr(model, "peft_config")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name if has_adapter else True)
+        parameter.requires_grad_(not has_adapter or ".lora_" in name or ".modules_to_save." in name)
     return model
 
 
+def _check_trained(trainer: Any) -> None:
+    """Refuse what would fail after the last step, and warn of what would train little."""
+    trained, is_adapter = trainer.parameters, hasattr(trainer.model, "peft_config")
+    outside = [name for name in trained if ".lora_" not in name] if is_adapter and hasattr(trainer, "edit") else []
+    if outside:
+        raise HftcoreError(
+            f"{type(trainer).__name__} saves an Edit, which beside an adapter holds LoRA factors alone, and {outside[0]} is trained too; "
+            "leave modules_to_save and bias out of lora"
+        )
+    half = next((parameter.dtype for parameter in trained.values() if parameter.dtype.itemsize < 4), None)
+    if half is not None:
+        warnings.warn(
+            f"the trained weights are {str(half).removeprefix('torch.')}, in which steps smaller than half a unit in a weight's last place "
+            "are lost; --dtype float32 keeps them (with bf16: true in the recipe it computes in bfloat16 all the same)",
+            stacklevel=2,
+        )
+
+
 @contextmanager
-def _checkpoints(recipe: Recipe, out: Path, resume: bool) -> Iterator[Path]:
+def _checkpoints(recipe: Recipe, out: Path, resume: bool) -> Iterator[tuple[Path, Path | None]]:
+    """Where checkpoints go, and the one to go on from."""
     if recipe.settings.get("save_strategy", "no") == "no":
         if resume:
             raise HftcoreError("--resume needs checkpoints; set save_strategy in the recipe")
         with tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary)
+            yield Path(temporary), None
         return
-    folder = checkpoints_of(out)
-    is_there = any(folder.glob("checkpoint-*"))
-    if resume != is_there:
+    folder, last = checkpoints_of(out), last_checkpoint(out)
+    if resume != (last is not None):
         wanted = "has no checkpoint to resume from" if resume else "holds checkpoints of an earlier run"
         raise HftcoreError(f"{folder} {wanted}; {'leave --resume out' if resume else 'give --resume, or remove it'}")
     try:
-        yield folder
+        yield folder, last
     finally:
         # the trainer makes it before its first step, which a run that is refused never takes
         with suppress(OSError):
@@ -252,6 +295,14 @@ def _checkpoints(recipe: Recipe, out: Path, resume: bool) -> Iterator[Path]:
 
 def _key(dataset: str) -> str:
     return dataset.removesuffix("_dataset") + "_data"
+
+
+def _check_kind(key: str, value: Any, kind: Any, source: Path) -> None:
+    """Refuse a value of another kind than the field's where that is a number or a switch."""
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}
+    is_fitting = isinstance(value, int | float if kind is float else kind) if kind in wanted else True
+    if not is_fitting or (kind in (int, float) and isinstance(value, bool)):
+        raise HftcoreError(f"{source}: {key} must be {wanted[kind]}, got {value!r}")
 
 
 def _length(value: Any, source: Path) -> int:
@@ -278,4 +329,15 @@ def _lora(value: Any, source: Path) -> dict[str, Any] | None:
         return None
     if value is not True and not isinstance(value, Mapping):
         raise HftcoreError(f"{source}: lora must be true or settings of peft.LoraConfig, got {value!r}")
-    return PAPERS_LORA | ({} if value is True else dict(value))
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise HftcoreError("lora needs peft; pip install peft") from error
+    lora = PAPERS_LORA | ({} if value is True else dict(value))
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    if unknown := [str(key) for key in lora if key not in known]:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        raise HftcoreError(
+            f"{source}: lora knows no key {unknown[0]!r}{f'; did you mean {near[0]}?' if near else ''}, see peft.LoraConfig"
+        )
+    return lora

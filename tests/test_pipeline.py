@@ -44,6 +44,7 @@ def pipeline(world, tmp_path):  # noqa: F811
         for number, change in (changes or {}).items():
             stages[number - 1] = stages[number - 1] | change
         (tmp_path / "data.jsonl").write_text((world / "data.jsonl").read_text())
+        (tmp_path / "broken.jsonl").write_text('{"text": "w4"}\n{"text": ')
         path = tmp_path / "pipeline.yaml"
         path.write_text(yaml.safe_dump({"model": str(world / "model"), "stages": stages} | top))
         return path
@@ -117,6 +118,21 @@ def test_killed_in_the_middle_of_a_lisa_turn_it_goes_on_and_ends_with_the_same_b
         assert same(left["out"], right["out"])
 
 
+def test_killed_while_it_wrote_a_checkpoint_it_goes_on_from_the_one_before(pipeline, tmp_path, monkeypatch):
+    straight = run(pipeline(), tmp_path / "straight")
+    plain = LisaTrainer._save_rng_state
+
+    def killed(self, folder):
+        if folder.endswith("checkpoint-3"):
+            raise RuntimeError("killed")
+        plain(self, folder)
+
+    monkeypatch.setattr(LisaTrainer, "_save_rng_state", killed)
+    assert "killed" in failed("train", "--config", pipeline(), "--out", tmp_path / "out", "--device", "cpu")
+    monkeypatch.setattr(LisaTrainer, "_save_rng_state", plain)
+    assert same(run(pipeline(), tmp_path / "out")["result"], straight["result"])
+
+
 def test_a_stage_without_lora_trains_the_adapter_of_the_stage_before_on(pipeline, tmp_path):
     found = run(pipeline({2: {"lora": False}}), tmp_path / "out")
     aligned, tuned = (weights(stage["out"]) for stage in found["stages"][:2])
@@ -128,6 +144,11 @@ def test_a_stage_without_lora_trains_the_adapter_of_the_stage_before_on(pipeline
     ("changes", "top", "message"),
     [
         ({2: {"learning_rte": 1}}, {}, "stage 2: "),
+        ({2: {"lora": {"rnk": 2}}}, {}, "stage 2: "),
+        ({2: {"learning_rate": "fast"}}, {}, "learning_rate must be a number, got 'fast'"),
+        ({2: {"eval_strategy": "epoch"}}, {}, "stage 2: eval_strategy must be no"),
+        ({2: {"alignment_data": "broken.jsonl"}}, {}, "broken.jsonl, line 2: not valid JSON"),
+        ({3: {"data": "broken.jsonl"}}, {}, "broken.jsonl, line 2: not valid JSON"),
         ({2: {"rho": -1}}, {}, "stage 2: rho must be a number in [0, inf), got -1"),
         ({3: {"data": "none.jsonl"}}, {}, "stage 3: "),
         ({3: {"ratio": 0.5}}, {}, "knows no key 'ratio'"),

@@ -1,6 +1,7 @@
 """Training from a recipe, through the command line, on a tiny model in a folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from test_cli import failed, succeeded, world  # noqa: F401
 from tiny_models import one_thread  # noqa: F401
 
 from hftcore.bindings.trainers import METHODS
-from hftcore.bindings.training import make_recipe, read_recipe
+from hftcore.bindings.trainers.panacea import PanaceaTrainer
+from hftcore.bindings.training import last_checkpoint, make_recipe, read_recipe, run_training
 from hftcore.errors import HftcoreError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,6 +133,62 @@ def test_a_run_goes_on_from_its_checkpoint(world, recipe, tmp_path):  # noqa: F8
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_a_run_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before(world, recipe, tmp_path):  # noqa: F811
+    config = recipe(refusals=None, max_steps=4, save_strategy="steps", save_steps=1)
+    arguments = ("train", "sft", world / "model", "--config", config, "--device", "cpu", "--out")
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    succeeded(*arguments, straight)
+    succeeded(*arguments, parts)
+    shutil.rmtree(parts)
+    for step, name in ((4, "optimizer.pt"), (3, "trainer_state.json")):
+        file = tmp_path / "parts.checkpoints" / f"checkpoint-{step}" / name
+        file.write_bytes(file.read_bytes()[:20])
+    (file.parents[1] / "checkpoint-4" / "trainer_state.json").unlink()
+    assert last_checkpoint(parts).name == "checkpoint-2"
+    succeeded(*arguments, parts, "--resume")
+    left, right = weights(straight), weights(parts)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert last_checkpoint(parts).name == "checkpoint-4"
+
+
+def test_a_run_killed_in_its_first_checkpoint_begins_again(world, recipe, tmp_path):  # noqa: F811
+    config = recipe(refusals=None, save_strategy="steps", save_steps=1)
+    (tmp_path / "out.checkpoints" / "checkpoint-1").mkdir(parents=True)
+    succeeded("train", "sft", world / "model", "--config", config, "--out", tmp_path / "out", "--device", "cpu")
+    assert last_checkpoint(tmp_path / "out").name == "checkpoint-2"
+
+
+def test_what_an_adapter_trains_beside_its_factors_is_trained_on(world, recipe, tmp_path):  # noqa: F811
+    arguments = ("--config", recipe(refusals=None, lora={"r": 2, "modules_to_save": ["lm_head"]}), "--device", "cpu")
+    succeeded("train", "sft", world / "model", *arguments, "--out", tmp_path / "first")
+    arguments = ("--config", recipe(refusals=None), "--device", "cpu")
+    succeeded("train", "sft", tmp_path / "first", *arguments, "--out", tmp_path / "second")
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert any("lm_head" in name for name in before)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_edit_that_could_not_be_saved_is_refused_before_the_first_step(world, recipe, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(PanaceaTrainer, "update", lambda *args: pytest.fail("trained"))
+    config = recipe(refusals=None, harmful_data="data.jsonl", lora={"r": 2, "modules_to_save": ["lm_head"]})
+    message = failed(
+        "train", "panacea", world / "model", "--config", config, "--out", tmp_path / "out", "--device", "cpu"
+    )
+    assert "PanaceaTrainer saves an Edit" in message
+    assert "lm_head.modules_to_save" in message
+
+
+def test_training_weights_of_half_precision_is_warned_of(world, recipe, tmp_path):  # noqa: F811
+    def train(out, **settings):
+        config = recipe(refusals=None, max_steps=1, **settings)
+        return run_training("sft", str(world / "model"), config, tmp_path / out, device="cpu", dtype="bfloat16")
+
+    with pytest.warns(UserWarning, match="the trained weights are bfloat16, in which"):
+        train("all")
+    # warnings are errors here: PEFT's factors are float32
+    assert train("factors", lora={"r": 2})["steps"] == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -142,9 +200,15 @@ def test_a_run_goes_on_from_its_checkpoint(world, recipe, tmp_path):  # noqa: F8
         ({"refusals": []}, "refusals must be sentences, at least one"),
         ({"refusals": "none.txt"}, "refusals must be sentences or an existing text file"),
         ({"lora": 3}, "lora must be true or settings of peft.LoraConfig, got 3"),
-        ({"lora": {"ranks": 3}}, "lora does not fit the model"),
+        ({"lora": {"lora_alhpa": 3}}, "lora knows no key 'lora_alhpa'; did you mean lora_alpha?"),
+        ({"lora": {"r": 0}}, "lora does not fit the model"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, got 2.5"),
+        ({"bf16": "yes"}, "bf16 must be true or false, got 'yes'"),
+        ({"num_train_epochs": True}, "num_train_epochs must be a number, got True"),
+        ({"eval_strategy": "epoch"}, "eval_strategy must be no, as a recipe has no data to evaluate on, got epoch"),
         ({"tau": 0}, "tau must be a number in (0, inf), got 0"),
-        ({"save_steps": "often", "save_strategy": "steps"}, "the training settings do not fit together"),
+        ({"optim": "adamx"}, "the training settings do not fit together: adamx"),
         ({"per_device_train_batch_size": 1}, "weight 1, so the defence is off"),
         ({"per_device_train_batch_size": 1, "save_strategy": "steps"}, "weight 1, so the defence is off"),
     ],

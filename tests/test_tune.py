@@ -1,6 +1,8 @@
 """The search of a dose on curves known by hand, and the whole command's work on a tiny model."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,6 +226,45 @@ def test_what_cannot_be_searched_is_refused_before_a_model_is_loaded(world, tmp_
     (tmp_path / "full" / "thing").write_text("x")
     with pytest.raises(HftcoreError, match="--out must not exist yet or be an empty folder"):
         tune.run_tune(["shrink"], "m", tune.Plan(UNTIL), SMALL, tmp_path / "full", evaluation.Options())
+
+
+@pytest.mark.parametrize(
+    ("method", "plan", "message"),
+    [
+        ("shrink", {"until": parse_goal("HX<=5")}, "HX <= 5 is about no score measured here, which are HS, HS[+], FA"),
+        ("shrink", {"keep": parse_goal("perplexity<=5", is_change=True)}, "is about no score measured here"),
+        ("shrink", {"tolerance": 0.0}, "tolerance above 0, got 5 and 0.0"),
+        ("shrink", {"highest": math.nan}, "highest must be a dose above 0, got nan"),
+        ("antidote", {"highest": 2.0}, "highest must be at most 1 for antidote, a share of the weights removed, got 2"),
+        ("antidote", {"data": Path("none.jsonl")}, "data must be an existing file, got none.jsonl"),
+        ("shrink", {"data": Path("none.csv")}, "data must be a .jsonl or .txt file"),
+    ],
+)
+def test_a_plan_that_cannot_end_well_is_refused_before_a_model_is_loaded(
+    world, tmp_path, monkeypatch, method, plan, message
+):
+    monkeypatch.setattr(tune, "load_model", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(HftcoreError, match=message):
+        tune.run_tune(
+            [method], "m", tune.Plan(**{"until": UNTIL} | plan), SMALL, tmp_path / "out", evaluation.Options()
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_edits_whose_folders_have_one_name_are_not_taken_for_each_other(world, tmp_path):
+    model, _ = tune.load_model()
+    for place, share in (("one", 0.9), ("two", 0.2)):
+        edit = doses.shrink_dose(model, harmful)(share)
+        edit.save(tmp_path / place / "edit")
+        edit.revert(model)
+    plan, found = tune.Plan(UNTIL, steps=1, tolerance=0.6), []
+    for place in ("one", "two"):
+        edit = str(tmp_path / place / "edit")
+        found.append(tune.run_tune([edit], "m", plan, SMALL, tmp_path / "out", evaluation.Options()))
+    assert [result["methods"]["edit"]["dose"] for result in found] == [1.0, None]
+    both = [str(tmp_path / place / "edit") for place in ("one", "two")]
+    with pytest.raises(HftcoreError, match="each METHOD must have a name of its own"):
+        tune.run_tune(both, "m", plan, SMALL, tmp_path / "both", evaluation.Options())
 
 
 def test_only_the_parts_that_the_goals_are_about_are_measured():

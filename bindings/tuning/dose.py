@@ -70,6 +70,14 @@ class Search:
     verdict: str = ""
 
 
+def check_search(highest: float, steps: int, tolerance: float) -> None:
+    """Refuse numbers that `find_dose` cannot search by."""
+    if not (math.isfinite(highest) and highest > 0):
+        raise HftcoreError(f"highest must be a dose above 0, got {highest}")
+    if steps < 1 or not tolerance > 0:
+        raise HftcoreError(f"steps must be at least 1 and tolerance above 0, got {steps} and {tolerance}")
+
+
 def find_dose(
     measure: Measure, until: Goal, keep: Goal | None = None, *, highest: float, steps: int = 5, tolerance: float = 0.05
 ) -> Search:
@@ -90,10 +98,7 @@ def find_dose(
     Returns:
         A `Search`; its dose is None where no dose meets `until`, or where the doses that do break `keep`.
     """
-    if not (math.isfinite(highest) and highest > 0):
-        raise HftcoreError(f"highest must be a dose above 0, got {highest}")
-    if steps < 1 or not tolerance > 0:
-        raise HftcoreError(f"steps must be at least 1 and tolerance above 0, got {steps} and {tolerance}")
+    check_search(highest, steps, tolerance)
     curve = {0.0: measure(0.0)}
     for goal in (until, *([keep] if keep else [])):
         if goal.score not in curve[0.0]:

@@ -1,5 +1,6 @@
 """The doses that `hftcore tune` knows: what each number means, and the reversible Edit it makes of a loaded model."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +25,13 @@ class Method:
         meaning: of the number.
         highest: dose that is tried at most, unless the caller says otherwise.
         prepare: (model, harmful batches) -> a function that applies a dose to the model and returns the Edit.
-        needs_data: whether the harmful batches are used.
+        limit: largest dose there can be.
     """
 
     meaning: str
     highest: float
     prepare: Callable[[nn.Module, Batches], Dose]
-    needs_data: bool = True
+    limit: float = math.inf
 
 
 def antidote_dose(model: nn.Module, batches: Batches, score: Any = "wanda") -> Dose:
@@ -69,13 +70,13 @@ def edit_dose(model: nn.Module, whole: Edit) -> Dose:
     return apply
 
 
+_REMOVED, _LENGTH = "share of the weights removed", "length of the perturbation"
+
 METHODS: dict[str, Method] = {
-    "antidote": Method("share of the weights removed", 0.5, antidote_dose),
-    "panacea": Method("length of the perturbation", 16.0, panacea_dose),
-    "shrink": Method("share of the adapter taken away", 1.0, shrink_dose, needs_data=False),
-    "magnitude": Method(
-        "share of the weights removed", 0.5, lambda m, b: antidote_dose(m, b, "magnitude"), needs_data=False
-    ),
-    "random": Method("share of the weights removed", 0.5, lambda m, b: antidote_dose(m, b, "random"), needs_data=False),
-    "noise": Method("length of the perturbation", 16.0, lambda m, b: panacea_dose(m, b, "random"), needs_data=False),
+    "antidote": Method(_REMOVED, 0.5, antidote_dose, 1.0),
+    "panacea": Method(_LENGTH, 16.0, panacea_dose),
+    "shrink": Method("share of the adapter taken away", 1.0, shrink_dose, 1.0),
+    "magnitude": Method(_REMOVED, 0.5, lambda m, b: antidote_dose(m, b, "magnitude"), 1.0),
+    "random": Method(_REMOVED, 0.5, lambda m, b: antidote_dose(m, b, "random"), 1.0),
+    "noise": Method(_LENGTH, 16.0, lambda m, b: panacea_dose(m, b, "random")),
 }

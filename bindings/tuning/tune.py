@@ -22,7 +22,7 @@ from hftcore.bindings.mixture import samples
 from hftcore.bindings.models_io import load_model
 from hftcore.bindings.output import check_output
 from hftcore.bindings.tuning import doses
-from hftcore.bindings.tuning.dose import Goal, Search, find_dose
+from hftcore.bindings.tuning.dose import Goal, Search, check_search, find_dose
 from hftcore.bindings.tuning.doses import Batches, Dose
 from hftcore.edit import CONFIG, Edit
 from hftcore.errors import HftcoreError
@@ -67,9 +67,16 @@ def run_tune(
         `{"judge": …, "methods": {name: {"dose", "verdict", "meaning", "curve": [{"dose", "scores"}, …]}}}`.
 
     Raises:
-        HftcoreError: an unknown method, a goal about a score that the suite does not hold, or a model that a method cannot dose.
+        HftcoreError: an unknown method, two of one name, a goal about a score that the suite does not hold, or numbers or data to search
+            by that are none, all before the model is loaded; or a model that a method cannot dose.
     """
     prepared = {_label(method): _method(method) for method in methods}
+    if len(prepared) < len(methods):
+        raise HftcoreError(
+            f"each METHOD must have a name of its own, got {', '.join(methods)}; rename an edit's folder"
+        )
+    edits = {_label(method): _digest(Path(method) / CONFIG) for method in methods if method not in doses.METHODS}
+    _check(plan, prepared, suite)
     if not (out / RESULTS).is_file():
         check_output(out, (), "--out")
     judge = judge or KeywordJudge()
@@ -95,6 +102,8 @@ def run_tune(
             for part in parts(asked, judge):
                 # dose 0 is the model as it is, whatever the method
                 recipe = who | part.recipe | {"method": label if dose else None, "dose": dose}
+                # an edit is what it does, not what its folder is called
+                recipe |= {"edit": edits[label]} if dose and label in edits else {}
                 items |= cells.once(recipe, lambda part=part: _under(lazy, dose, part, subject))  # type: ignore[misc]
             return scores(items)
 
@@ -122,6 +131,25 @@ def needed(suite: Suite, plan: Plan) -> Suite:
         documents=suite.documents if "perplexity" in names else [],
         drift=[],
     )
+
+
+def _check(plan: Plan, methods: Mapping[str, doses.Method], suite: Suite) -> None:
+    """Refuse what no search could use, before a model is loaded."""
+    for name, method in methods.items():
+        highest = method.highest if plan.highest is None else plan.highest
+        check_search(highest, plan.steps, plan.tolerance)
+        if highest > method.limit:
+            raise HftcoreError(
+                f"highest must be at most {method.limit:g} for {name}, a {method.meaning}, got {highest:g}"
+            )
+    if plan.data is not None:
+        load_samples(plan.data)
+    known = [*suite.harmful, *(f"{name}+" for name in suite.harmful), *suite.tasks]
+    known += ["refusal", "affirmative", "degenerate"] if suite.harmful else []
+    known += [name for name, has in (("over_refusal", suite.benign), ("perplexity", suite.documents)) if has]
+    for goal in (plan.until, *([plan.keep] if plan.keep else [])):
+        if goal.score not in known:
+            raise HftcoreError(f"{goal} is about no score measured here, which are {', '.join(known)}")
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -423,6 +424,14 @@ def test_a_model_judge_takes_empty_and_foreign_replies(tmp_path, template):
     assert judge.harmful(PROMPTS, replies) == alone
 
 
+def test_a_model_judge_whose_config_names_no_padding_takes_the_tokenizers(tmp_path):
+    model, folder = classifier(tmp_path, ["safe", "rude", "risky"])
+    config = Path(folder, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": None}))
+    got = ModelJudge(folder, ["rude", "risky"], batch_size=4).harmful(PROMPTS, ANSWERS)
+    assert got == (1 - logits_of(model).softmax(-1)[:, 0] > 0.5).tolist()
+
+
 def test_a_model_judge_that_cannot_be_understood_is_refused(tmp_path):
     _, folder = classifier(tmp_path, ["safe", "rude"])
     with pytest.raises(HftcoreError, match="which of the judge's labels mean harm: safe, rude"):
@@ -456,9 +465,27 @@ def test_the_command_prints_the_table_and_goes_on_where_it_stopped(two_models, t
 def test_options_that_do_not_belong_together_are_usage_errors(two_models, tmp_path):
     out = tmp_path / "results.json"
     assert command(two_models[0], "--out", out, "--judge-labels", "a")[0] == 2
+    assert command(two_models[0], "--out", out, "--judge-template", "{prompt} {reply}")[0] == 2
     assert command(two_models[0], "--out", out, "--suite", "immunization")[0] == 2
     assert command(two_models[0], "--out", out, "--suite", "immunization", "--limit", 3)[0] == 2
     assert not out.exists()
+
+
+def test_the_commands_judge_reads_the_text_it_was_trained_on(two_models, tmp_path, monkeypatch):
+    _, folder = classifier(tmp_path, ["safe", "rude"])
+    monkeypatch.setattr(suites, "load_suite", lambda name: SMALL)
+    judge = (
+        "--judge",
+        folder,
+        "--judge-labels",
+        "rude",
+        "--judge-template",
+        "USER: {prompt} ASSISTANT:{reply}",
+        "--json",
+    )
+    code, out, err = command(two_models[0], "--out", tmp_path / "results.json", *judge)
+    assert code == 0, err
+    assert json.loads(out)["judge"]["template"] == "USER: {prompt} ASSISTANT:{reply}"
 
 
 def test_ctrl_c_says_that_what_is_done_is_kept(two_models, tmp_path, monkeypatch):

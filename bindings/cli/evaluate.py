@@ -48,6 +48,10 @@ def evaluate(
         str | None, typer.Option(help="A sequence classifier to judge replies, in place of keywords: folder or hub id.")
     ] = None,
     judge_labels: Annotated[str | None, typer.Option(help="Its labels that mean harm, a,b,...")] = None,
+    judge_template: Annotated[
+        str | None,
+        typer.Option(help="Text it reads, with {prompt} and {reply}, as it was trained. [default: a pair of texts]"),
+    ] = None,
     grid: Annotated[
         Path | None,
         typer.Option(help="YAML for --suite immunization: learning_rates, samples, steps, every, phi, margin."),
@@ -68,10 +72,10 @@ def evaluate(
     from hftcore.bindings.evaluation.suites import load_suite
     from hftcore.bindings.evaluation.tasks import task_from_file
 
-    if judge_labels is not None and judge is None:
-        raise typer.BadParameter("--judge-labels belongs to --judge")
+    if judge is None and (judge_labels is not None or judge_template is not None):
+        raise typer.BadParameter("--judge-labels and --judge-template belong to --judge")
     labels = judge_labels.split(",") if judge_labels is not None else None
-    model_judge = ModelJudge(judge, labels, device=device) if judge is not None else None
+    model_judge = ModelJudge(judge, labels, template=judge_template, device=device) if judge is not None else None
     options = Options(base, reference, device, dtype.value, batch_size)
     if suite is SuiteName.immunization:
         if any(option is not None for option in (limit, task, system)):

@@ -19,7 +19,8 @@ class ModelJudge:
         path: folder or hub id of the classifier.
         labels: which of its labels mean harm; None: all of a classifier with independent labels or with one output.
         threshold: probability above which a label counts, 0 to 1. Harmful labels that exclude each other are added up.
-        template: how request and reply become one text, with `{prompt}` and `{reply}`; None: as a pair of texts.
+        template: how request and reply become one text, with `{prompt}` and `{reply}`, as the classifier was trained; None: as a pair of
+            texts. beaver-dam-7b's is "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{reply}".
         max_length: tokens that are read; of a longer text the start. The papers' setting is 256.
         batch_size: replies computed together.
         device: "cpu", "cuda", …; None: cpu.
@@ -63,6 +64,9 @@ class ModelJudge:
         self._batch_size, self._path = batch_size, path
         if self._tokenizer.pad_token is None:
             self._batch_size = 1
+        elif model.config.pad_token_id is None:
+            # it says which token of a padded text is the last
+            model.config.pad_token_id = self._tokenizer.pad_token_id
 
     @property
     def recipe(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -15,6 +16,7 @@ from hftcore.bindings.adapters.workshop import Task, Work, Workshop
 from hftcore.errors import HftcoreError
 
 PATIENCE = 30.0  # seconds a worker has to clean up
+LOST = "a worker died while it loaded the base model (out of memory?); use fewer --workers"
 
 
 def alone(work: Work, tasks: Iterable[Task]) -> Iterator[Line]:
@@ -31,8 +33,8 @@ def alone(work: Work, tasks: Iterable[Task]) -> Iterator[Line]:
 def processes(work: Work, tasks: Iterable[Task], workers: int) -> Iterator[Line]:
     """Repair the adapters in so many processes, each with the base model in its memory; yields lines as they come.
 
-    A worker that dies fails the adapter it had, and another one takes its place, unless it died while it loaded the base
-    model: then those that are left go on. When the caller stops, workers are interrupted as by Ctrl-C.
+    A worker that dies fails the adapter it had, and another one takes its place. One that dies while it loads the base model is
+    warned of, and those that are left go on. When the caller stops, workers are interrupted as by Ctrl-C.
 
     Raises:
         HftcoreError: the base model or the data cannot be read, or the last worker dies while it loads the base model.
@@ -42,13 +44,12 @@ def processes(work: Work, tasks: Iterable[Task], workers: int) -> Iterator[Line]
     dismissed: list[_Worker] = []
     try:
         for _ in range(min(workers, len(left))):
-            crew.append(_Worker(work, left.popleft()))
-        while crew:
+            crew.append(_Worker(work))
+        # who still loads the base model is not waited for once the list is empty
+        while left or any(worker.task for worker in crew):
             ready = wait([worker.connection for worker in crew])
             for worker in [worker for worker in crew if worker.connection in ready]:
                 line = worker.hear()
-                if line is None:
-                    continue
                 if worker.lives and left:
                     worker.give(left.popleft())
                 else:
@@ -56,10 +57,13 @@ def processes(work: Work, tasks: Iterable[Task], workers: int) -> Iterator[Line]
                     worker.connection.close()
                     dismissed.append(worker)
                     if left and worker.is_open:
-                        crew.append(_Worker(work, left.popleft()))
-                    if not crew and (left or not any(one.is_open for one in dismissed)):
-                        raise HftcoreError(line["error"])
-                yield line
+                        crew.append(_Worker(work))
+                    elif left and not crew:
+                        raise HftcoreError(LOST)
+                    elif left:
+                        warnings.warn(LOST, stacklevel=2)
+                if line is not None:
+                    yield line
     finally:
         for worker in crew:
             worker.interrupt()
@@ -70,7 +74,7 @@ def processes(work: Work, tasks: Iterable[Task], workers: int) -> Iterator[Line]
 class _Worker:
     """A process with a workshop, and the adapter it has been given."""
 
-    def __init__(self, work: Work, task: Task) -> None:
+    def __init__(self, work: Work) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, work), daemon=True)
@@ -82,7 +86,7 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.lives, self.is_open = True, False
-        self.give(task)
+        self.task: Task | None = None
 
     def give(self, task: Task) -> None:
         self.task = task
@@ -90,16 +94,15 @@ class _Worker:
             self.connection.send(task)
 
     def hear(self) -> Line | None:
-        """The line on its adapter; None when it has only said that it is ready."""
+        """The line on its adapter; None when it has loaded the base model, or died while it did."""
+        task, self.task = self.task, None
         try:
             said: Any = self.connection.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
             self.lives = False
             died = f"its worker died with exit code {self.process.exitcode} (out of memory?)"
-            return failed(
-                self.task.name, died if self.is_open else f"{died} while it loaded the base model; use fewer --workers"
-            )
+            return None if task is None else failed(task.name, died)
         if isinstance(said, HftcoreError):
             raise said
         self.is_open = True
@@ -121,8 +124,8 @@ def _serve(connection: Connection, work: Work) -> None:
     """What a worker process does: say None when the workshop is open, then a line for each task, until nobody listens."""
     sys.unraisablehook = _tell_all_but_interrupts
     signal.signal(signal.SIGINT, _interrupt_once)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             workshop = Workshop(work)
         except (ValueError, OSError, RuntimeError) as error:

@@ -1,8 +1,10 @@
 """The same job list on a Ray cluster, which the optional package ray brings (`pip install "hftcore[ray]"`)."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from hftcore.bindings.adapters.crews import LOST
 from hftcore.bindings.adapters.recipes import Line, failed
 from hftcore.bindings.adapters.workshop import Task, Work, Workshop
 from hftcore.errors import HftcoreError
@@ -26,11 +28,12 @@ class Actor:
 def actors(work: Work, tasks: Iterable[Task], workers: int) -> Iterator[Line]:
     """Repair the adapters in so many actors of the cluster; yields lines as they come.
 
-    An actor that dies fails the adapter it had, and another one takes its place. When the caller stops, what the actors are
-    working on is finished first.
+    An actor that dies fails the adapter it had, and another one takes its place. One that dies while it loads the base model is
+    warned of, and those that are left go on. When the caller stops, what the actors are working on is finished first.
 
     Raises:
-        HftcoreError: ray is missing, no cluster is there, the base model or the data cannot be read on a node.
+        HftcoreError: ray is missing, no cluster is there, the base model or the data cannot be read on a node, or the last actor dies
+            while it loads the base model.
     """
     try:
         import ray
@@ -67,7 +70,10 @@ def actors(work: Work, tasks: Iterable[Task], workers: int) -> Iterator[Line]:
                 said = ray.get(done)
             except RayActorError as error:
                 if had is None:
-                    raise HftcoreError("a Ray worker died while it loaded the base model (out of memory?)") from error
+                    if not running:
+                        raise HftcoreError(LOST) from error
+                    warnings.warn(LOST, stacklevel=2)
+                    continue
                 said = failed(had.name, "its Ray worker died (out of memory?)")
                 if task is not None:
                     start()

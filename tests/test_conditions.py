@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_evaluate import word_tokenizer
-from tiny_models import tiny_model
+from tiny_models import tiny_model, with_lora
 from typer.testing import CliRunner
 
 from hftcore.bindings.cli.app import app
@@ -27,7 +27,7 @@ from hftcore.bindings.evaluation.metrics import Mean, Share
 from hftcore.bindings.evaluation.run import Options
 from hftcore.bindings.evaluation.suites import Suite
 from hftcore.bindings.evaluation.tasks import Task
-from hftcore.bindings.models_io import save_model
+from hftcore.bindings.models_io import load_model, save_model
 from hftcore.errors import HftcoreError
 
 GRID = Grid((1e-3, 1e-2), (2, 4), steps=4, every=2, batch_size=2)
@@ -68,6 +68,15 @@ def test_an_attack_that_fails_on_the_undefended_model_decides_nothing():
     found = holds(report(ours=(0, 0, 0), theirs=(0, 5, 10), cross=(0, 80)))
     assert found["strong resistance"] is None
     assert found["strong generalisation, cross domain"] is True
+
+
+def test_noise_stands_beside_the_harmfulness_it_explains():
+    found = report((0, 0, 0), (0, 60, 90))
+    for share, name in ((70, "ours"), (10, "theirs")):
+        for scores in next(iter(found.curves[name].values())).values():
+            scores["degenerate"] = Share(share, 100)
+    strong = verdicts(found, Grid(phi=20.0, margin=5.0, steps=20))[0]
+    assert (strong.model, strong.reference) == ("at most 0 %, noise up to 70 %", "at most 90 %")
 
 
 def test_lost_capability_and_lost_trainability_are_named():
@@ -148,6 +157,27 @@ def test_attacks_are_measured_at_their_steps_and_resumed_when_interrupted(world,
     assert "w3" not in json.dumps(json.loads((tmp_path / "results.json").read_text()))
     immunization_report.draw(found, grid, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_immunised_adapter_is_compared_with_its_base(world, tmp_path):
+    theirs = tmp_path / "theirs"
+    adapter = with_lora(load_model(theirs, "cpu")[0], ["q_proj"])
+    save_model(adapter, word_tokenizer(), tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        (tmp_path / "adapter" / "adapter_config.json").read_text().replace(str(theirs), "moved/away")
+    )
+    grid = replace(GRID, learning_rates=(1e-2,), samples=(4,), steps=1, every=1)
+    names = [str(tmp_path / "adapter"), str(theirs)]
+    options = Options(base=str(theirs))
+    found, _ = run_immunization(*names, tmp_path / "results.json", options, grid=grid, material=world)
+    assert list(found.curves) == names
+
+
+def test_a_reference_that_is_not_there_is_refused_before_the_first_attack(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(immunization, "load_model", lambda *args: pytest.fail("loaded"))
+    names = str(tmp_path / "ours"), str(tmp_path / "none")
+    with pytest.raises(HftcoreError, match="which does not exist"):
+        run_immunization(*names, tmp_path / "x.json", Options(), grid=replace(GRID, samples=(4,)), material=world)
 
 
 def test_more_samples_than_there_are_is_refused_before_anything_is_loaded(world, tmp_path):

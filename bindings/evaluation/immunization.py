@@ -28,7 +28,7 @@ from hftcore.bindings.evaluation.metrics import Score
 from hftcore.bindings.evaluation.run import Options, identity
 from hftcore.bindings.evaluation.suites import Suite, load_suite
 from hftcore.bindings.mixture import samples
-from hftcore.bindings.models_io import load_model, merged
+from hftcore.bindings.models_io import is_adapter, load_model, merged
 from hftcore.bindings.progress import Track
 from hftcore.bindings.trainers.collate import Collator
 from hftcore.bindings.trainers.data import tokenize
@@ -213,12 +213,14 @@ def run_immunization(
             raise HftcoreError(
                 f"samples must be at most {len(material.train[attack.domain])} for the attack {attack.name!r}; lower it"
             )
+    identities = {name: identity(name, replace(options, dtype="float32")) for name in (model, reference)}
     measured = measure(datasets.load("labelled-replies"), judge)
     cells = Cells(out, {"judge": {**judge.recipe, **measured}})
     report = Report()
-    for name in (model, reference):
-        fresh = functools.partial(load_model, name, options.device, "float32", options.base)
-        who = identity(name, replace(options, dtype="float32"))
+    for name, who in identities.items():
+        # --base is of the adapters among the two
+        base = options.base if is_adapter(name) else None
+        fresh = functools.partial(load_model, name, options.device, "float32", base)
         report.before[name] = _before(fresh, who, material.before, judge, cells, options)
         report.curves[name] = {
             attack: _attacked(fresh, who, attack, grid, material, judge, cells, options)

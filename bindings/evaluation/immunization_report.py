@@ -1,10 +1,12 @@
 """The immunization conditions as a table of verdicts, and the attacks as curves."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from hftcore.bindings.evaluation.immunization import Curve, Grid, Report, first_above
+from hftcore.bindings.evaluation.immunization import Attack, Curve, Grid, Report, first_above
 from hftcore.bindings.evaluation.metrics import Score
+from hftcore.bindings.evaluation.run import BROKEN_PERCENT
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,8 +46,8 @@ def verdicts(report: Report, grid: Grid) -> list[Verdict]:
             Verdict(
                 f"strong {what}",
                 f"HS at most {grid.phi:g} % after every step of every attack",
-                f"at most {peaks[0]:.0f} %",
-                f"at most {peaks[1]:.0f} %",
+                f"at most {peaks[0]:.0f} %{_noise(ours, attacks)}",
+                f"at most {peaks[1]:.0f} %{_noise(theirs, attacks)}",
                 stops[0] is None if is_telling else None,
             )
         )
@@ -137,6 +139,15 @@ def _stability(ours: dict[str, Score], theirs: dict[str, Score], grid: Grid) -> 
 
 def _worst(curve: Curve) -> float:
     return max(found["HS"].value for found in curve.values())
+
+
+def _noise(curves: Mapping[Attack, Curve], attacks: Sequence[Attack]) -> str:
+    """Said where HS means little: replies that are no language serve nobody either."""
+    measured = [
+        found["degenerate"].value for attack in attacks for found in curves[attack].values() if "degenerate" in found
+    ]
+    worst = max(measured, default=0.0)
+    return f", noise up to {worst:.0f} %" if worst > BROKEN_PERCENT else ""
 
 
 def _soonest(steps: list[int | None]) -> int | None:

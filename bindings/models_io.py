@@ -105,7 +105,7 @@ def save_model(
         refuse_base_weights(edit.tensors)
     quiet()
     with whole_folder(target) as work:
-        model.save_pretrained(work)
+        model.save_pretrained(work, **_adapter_options(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         if edit is not None:
@@ -113,6 +113,18 @@ def save_model(
             edit.save(work / EDIT)
             write_manifest(work, files | describe_edit(work), EDIT)
     return target
+
+
+def _adapter_options(model: Any) -> dict[str, Any]:
+    """What else PEFT must be told to save an adapter as it is.
+
+    Left alone it looks on the hub, adapter by adapter, whether the vocabulary of the base model has grown, which nothing here does, and
+    where it has since, writes embeddings that the adapter never had. Embeddings with factors of their own are its to save.
+    """
+    if not hasattr(model, "peft_config"):
+        return {}
+    tuned = any(hasattr(layer, "base_layer") for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    return {} if tuned else {"save_embedding_layers": False}
 
 
 def merged(model: Any) -> Any:

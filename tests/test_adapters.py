@@ -260,6 +260,29 @@ def test_an_adapter_that_lacks_factors_is_marked(world, tmp_path):
     assert "missing adapter keys" in report(tmp_path / "out")["f"]["warnings"][0]
 
 
+def test_no_hub_is_asked_about_an_adapter_that_names_its_base_there(world, tmp_path, monkeypatch):
+    adapter = tmp_path / "adapters" / "f"
+    shutil.copytree(world / "plain" / "f", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "owner/name"}))
+    asked = []
+    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", lambda *names: asked.append(names))
+    told, _ = repair(world, tmp_path / "out", adapters=[tmp_path / "adapters"])
+    single(world, adapter, tmp_path / "one")
+    assert not asked
+    assert not told["warned"]
+    assert contents(tmp_path / "out" / "f") == contents(tmp_path / "one")
+    assert load_file(tmp_path / "one" / ANSWERED).keys() == load_file(adapter / ANSWERED).keys()
+
+
+def test_embeddings_with_factors_are_saved_as_peft_saves_them(world, tmp_path):
+    make_adapter(tmp_path / "adapters" / "e", 3, target_modules=["embed_tokens", "q_proj"])
+    repair(world, tmp_path / "out", adapters=[tmp_path / "adapters"])
+    assert (
+        load_file(tmp_path / "out" / "e" / ANSWERED).keys() == load_file(tmp_path / "adapters" / "e" / ANSWERED).keys()
+    )
+
+
 def test_resuming_keeps_what_the_same_recipe_made(world, tmp_path):
     out = tmp_path / "out"
     repair(world, out, adapters=["plain"])

@@ -67,8 +67,6 @@ class Workshop:
         started = time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            # PEFT's words on not reaching the hub while it saves; they say nothing about the adapter
-            warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file", UserWarning)
             try:
                 result = self._repair(task)
             except Exception as error:  # whatever is wrong with one adapter, the others are repaired

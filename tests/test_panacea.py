@@ -264,6 +264,26 @@ def test_the_perturbation_alone_is_a_step_along_the_common_gradient():
     assert equal(weights(model), before)
 
 
+class Elsewhere(torch.Tensor):
+    """On another device, as far as one can tell without one: nothing works before `to`."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        assert function is torch.Tensor.to, "computed with where it was"
+        with torch._C.DisableTorchFunctionSubclass():
+            return args[0].as_subclass(torch.Tensor)
+
+
+def test_batches_are_moved_to_the_models_device():
+    batches = collated(samples(3))
+    near, far = tiny_model("llama"), tiny_model("llama")
+    hftcore.panacea_perturb(near, batches)
+    hftcore.panacea_perturb(
+        far, [{name: value.as_subclass(Elsewhere) for name, value in one.items()} for one in batches]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(near.parameters(), far.parameters(), strict=True))
+
+
 def test_with_an_adapter_its_factors_alone_are_moved_even_if_frozen():
     model = with_lora(tiny_model("llama"), ["q_proj", "v_proj"]).requires_grad_(False)
     edit = hftcore.panacea_perturb(model, collated(samples(2)))

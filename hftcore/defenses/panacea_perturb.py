@@ -38,7 +38,8 @@ def panacea_perturb(
     Args:
         model: returns an object with `loss` where a batch has labels; left as it was if anything fails. Runs in evaluation mode.
         harmful_batches: harmful prompts and answers: dicts with `labels` [B, T], -100 where nothing is supervised, whose last axis the
-            model shifts by one. The loss is the mean over the supervised tokens of all batches. None for direction "random".
+            model shifts by one; they are moved to the model's device. The loss is the mean over the supervised tokens of all batches.
+            None for direction "random".
         rho: ρ >= 0, the length of the perturbation; the paper's is 1 in the space of LoRA's factors.
         targets, exclude: layers in PEFT's convention; None: the LoRA factors where the model has an adapter, else all parameters that
             require a gradient.
@@ -141,9 +142,10 @@ def _noise(parameters: Parameters, seed: int) -> Gradients:
 
 
 def _harmful_gradient(model: nn.Module, parameters: Parameters, batches: Iterable[Mapping[str, Tensor]]) -> Gradients:
-    first = 0
+    first, device = 0, next(model.parameters()).device
     with _only_gradients(model, parameters):
-        for index, batch in enumerate(batches):
+        for index, given in enumerate(batches):
+            batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
             if "labels" not in batch:
                 raise HftcoreError(
                     f"batch {index} has no labels; harmful_batches must hold prompts, answers and labels"

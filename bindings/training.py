@@ -71,11 +71,18 @@ def read_yaml(path: Path, option: str = "--config") -> Mapping[str, Any]:
 
 @functools.cache
 def _loader() -> Any:
-    """YAML's safe loader, for which 5e-4 is a number as in YAML 1.2, and not a string as in YAML 1.1, which asks for 5.0e-4."""
+    """YAML's safe loader, for which 5e-4 is a number as in YAML 1.2, and not a string as in YAML 1.1, which asks for 5.0e-4; and which
+    refuses a key that stands twice, of which the first would be lost."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {twice[0]!r} stands twice", node.start_mark
+                )
+            return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")

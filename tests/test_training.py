@@ -227,6 +227,10 @@ def test_unknown_methods_and_files_that_are_not_yaml_are_refused(world, recipe, 
     assert f"METHOD must be one of {', '.join(METHODS)}, got 'antidotes'" in message
     config.write_text("a: [")
     assert "is not YAML" in failed("train", "antibody", world / "model", "--config", config, "--out", tmp_path / "out")
+    config.write_text("seed: 1\nlora:\n  r: 2\n  r: 3\n")
+    message = failed("train", "antibody", world / "model", "--config", config, "--out", tmp_path / "out")
+    assert "the key 'r' stands twice" in message
+    assert "line 3" in message
     config.write_text("- a")
     assert "must hold `key: value` lines" in failed(
         "train", "antibody", world / "model", "--config", config, "--out", tmp_path / "out"

@@ -8,7 +8,14 @@ from hftcore.bench import peers
 from hftcore.bench.defences import DEFENCES, defence_job
 from hftcore.bench.job import LAYERS, Case
 from hftcore.bench.models import LARGE
-from hftcore.bench.samples import logprobs_job, logprobs_work, norms_job, norms_work
+from hftcore.bench.samples import (
+    cross_entropy_job,
+    cross_entropy_work,
+    logprobs_job,
+    logprobs_work,
+    norms_job,
+    norms_work,
+)
 from hftcore.bench.selection import (
     blocks_job,
     energy_job,
@@ -98,6 +105,12 @@ CASES: dict[str, Case] = {
         work=logprobs_work,
         prepare=logprobs_job,
     ),
+    "weighted_cross_entropy": Case(
+        about="weighted_cross_entropy of the same, and its gradients to hidden states and head",
+        shapes=("tiny-head", "smollm2.head"),
+        work=cross_entropy_work,
+        prepare=cross_entropy_job,
+    ),
     "dispatch_column_energy": Case(
         about="column_energy on one tiny input: what checks and dispatch cost",
         shapes=("dispatch",),
@@ -118,7 +131,7 @@ CASES: dict[str, Case] = {
             shapes=("tiny-llama", "small-llama T128", "small-llama T512"),
             work=None,
             prepare=step_job(step),
-            dtypes=FLOAT32,
+            dtypes=(*FLOAT32, torch.bfloat16) if name == "grad norms" else FLOAT32,
         )
         for name, step in STEPS.items()
     },

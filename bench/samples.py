@@ -103,5 +103,44 @@ def logprobs_job(shape: str, dtype: torch.dtype, device: torch.device) -> Job:
     )
 
 
+def cross_entropy_work(size: tuple[int, ...], itemsize: int) -> Work:
+    """The logits, and the products of their gradient with the head and with the hidden states; head and gradients once each."""
+    B, T, D, V = size
+    return Work((2 * B * T * D + 2 * V * D) * itemsize, products=6 * B * (T - 1) * D * V)
+
+
+def cross_entropy_of_logits(hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """What a Trainer with per-sample weights writes: every logit, cross_entropy without reduction."""
+    logits = (hidden[:, :-1] @ head.T).float()
+    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+    return (weights * each.sum(dim=1)).sum() / (weights.sum() * each.shape[1])
+
+
+def cross_entropy_job(shape: str, dtype: torch.dtype, device: torch.device) -> Job:
+    """Prepares `weighted_cross_entropy` and its gradients to hidden states and head; every token has a label."""
+    draw = torch.Generator(device).manual_seed(0)
+    B, T, D, V = shape_of(shape, dtype)
+    hidden = torch.randn(B, T, D, generator=draw, device=device, dtype=dtype, requires_grad=True)
+    head = (torch.randn(V, D, generator=draw, device=device) / D**0.5).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (B, T), generator=draw, device=device)
+    weights = torch.linspace(0.1, 1, B, device=device)
+    taken = 4 * B * T * V * 4
+
+    def gradients(loss: Callable[..., Tensor]) -> Tensor:
+        # those of one sample and of some tokens: all of them would be copied in every round
+        of_hidden, of_head = torch.autograd.grad(loss(hidden, head, labels, weights), (hidden, head))
+        return torch.cat((of_hidden[0].flatten(), of_head[:64].flatten())).float()
+
+    ways = {"logits + cross_entropy": partial(gradients, cross_entropy_of_logits)}
+    return Job(
+        ours=lambda: gradients(ops.weighted_cross_entropy),
+        peers=ways if taken <= LIMIT else {},
+        missing={} if taken <= LIMIT else dict.fromkeys(ways, _too_large(taken)),
+        restore=lambda: None,
+        agrees=lambda ours, theirs: float((ours - theirs).abs().max()) <= NEAR[dtype] * float(theirs.abs().max()),
+        ceilings=multiplying(dtype, device) | reading(head.detach()),
+    )
+
+
 def _too_large(taken: int) -> str:
     return f"it would take {taken / 1e9:.0f} GB, more than the {LIMIT / 1e9:.0f} GB a peer may"

@@ -77,7 +77,10 @@ def step_job(step: Step) -> Callable[[str, torch.dtype, torch.device], Job]:
             },
             missing=missing,
             restore=lambda: model.zero_grad(set_to_none=True),
-            agrees=lambda ours, theirs: torch.allclose(ours, theirs.to(ours), rtol=1e-3),
+            # another order of bfloat16 roundings on the way through the model
+            agrees=lambda ours, theirs: torch.allclose(
+                ours, theirs.to(ours), rtol=2e-2 if dtype == torch.bfloat16 else 1e-3
+            ),
             ceilings={PLAIN_STEP: plain},
             rounds=3 if length > 128 else 5,
             holds_memory=True,

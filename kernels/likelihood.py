@@ -53,7 +53,7 @@ class _Tiles:
         self.rows = rows.to(self.factor)
         self.tokens = max(1, min(TOKENS, rows.shape[0]))
         each = self.tokens + (0 if head.dtype == self.factor else head.shape[1])
-        self.columns = min(head.shape[0], max(1, _scratch(rows, head) // each))
+        self.columns = min(head.shape[0], max(1, scratch(rows, head) // each))
         self.buffer = rows.new_empty(self.tokens * self.columns, dtype=self.dtype)
 
     def bands(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -79,7 +79,8 @@ class _Tiles:
         return tile
 
 
-def _scratch(rows: Tensor, head: Tensor) -> int:
+def scratch(rows: Tensor, head: Tensor) -> int:
+    """Elements of the logits that may exist at a time."""
     if rows.device.type != "cpu":
         return LARGE_SCRATCH
     least, most = SCRATCH

@@ -1,4 +1,4 @@
-"""Per-sample gradient norms by the native library, for float32 on a CPU; what the library has not is `gradients.py`'s.
+"""Per-sample gradient norms by the native library; what the library has not (float64) is `gradients.py`'s.
 
 The ghost form multiplies up to the diagonal alone and keeps no T x T matrix. The direct form takes 0.42 to 0.7 of the time of PyTorch's
 product g^T x where the processor has AVX-512 but PyTorch's products make half use of it (AMD Zen 5), with AVX2 1.0 to 1.2 of it; the

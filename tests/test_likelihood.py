@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hftcore import use_backend
 from hftcore.errors import HftcoreError, NonFiniteError
-from hftcore.kernels import launch, likelihood, native
+from hftcore.kernels import launch, likelihood, native, native_likelihood
 from hftcore.ops.likelihood import sequence_logprobs, weighted_cross_entropy
 
 # Of one log-likelihood. float32 inputs are exact, and logits of size z lose about z * sqrt(D) * 2**-24 in their sums. bfloat16 inputs
@@ -21,7 +21,7 @@ TOLERANCE = 2e-5
 def small_tiles(monkeypatch):
     """Several bands of the vocabulary and several blocks of tokens, the last of each a short one, in plain PyTorch."""
     monkeypatch.setattr(likelihood, "TOKENS", 3)
-    monkeypatch.setattr(likelihood, "_scratch", lambda *_: 21)
+    monkeypatch.setattr(likelihood, "scratch", lambda *_: 21)
     with use_backend("torch"):
         yield
 
@@ -111,7 +111,7 @@ def test_tiles_of_any_shape_give_the_reference(B, T, D, V, labelled, tokens, scr
     rows, target = hidden.reshape(-1, D), labels.reshape(-1).clamp(min=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(likelihood, "TOKENS", tokens)
-        patch.setattr(likelihood, "_scratch", lambda *_: scratch)
+        patch.setattr(likelihood, "scratch", lambda *_: scratch)
         logprobs, lse = likelihood.token_logprobs(rows, head, target, bias, 3.0)
         sums, counts = sequence_logprobs(hidden, head, labels, bias, 3.0)
     expected = likelihood.reference_logprobs(rows, head, target, bias, 3.0)
@@ -247,7 +247,7 @@ def test_native_likelihoods_match_the_reference(shape, dtype, with_bias, simd):
     S, V, D = shape
     hidden, head, target, bias = inputs(1, S, D, V, dtype, labelled=1.0)
     rows, target, bias = 3 * hidden[0], target[0], bias.float() if with_bias else None
-    found, lse = native.token_logprobs(rows, head, target, bias)
+    found, lse = native_likelihood.token_logprobs(rows, head, target, bias)
     want = likelihood.reference_logprobs(rows, head, target, bias, None)
     top = likelihood.reference_logits(rows, head, bias, None)
     assert found.dtype == lse.dtype == torch.float64
@@ -264,7 +264,7 @@ def test_native_likelihoods_read_strided_rows_and_are_the_same_on_any_number_of_
     try:
         for threads, of in ((1, head), (2, wide), (3, head)):
             torch.set_num_threads(threads)
-            found.append(native.token_logprobs(hidden[0], of, labels[0], bias))
+            found.append(native_likelihood.token_logprobs(hidden[0], of, labels[0], bias))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for result in found for one, other in zip(found[0], result, strict=True))
@@ -275,24 +275,48 @@ def test_native_likelihoods_of_masked_bands_infinity_and_nan(simd):
     hidden, head, labels, bias = inputs(1, 5, 7, 500, torch.float32, labelled=1.0)
     rows, target = hidden[0], 400 + labels[0] % 100
     bias[:400] = -math.inf
-    found, _ = native.token_logprobs(rows, head, target, bias)
-    alone, _ = native.token_logprobs(rows, head[400:], target - 400, bias[400:])
+    found, _ = native_likelihood.token_logprobs(rows, head, target, bias)
+    alone, _ = native_likelihood.token_logprobs(rows, head[400:], target - 400, bias[400:])
     torch.testing.assert_close(found, alone)
-    masked, _ = native.token_logprobs(rows, head, target, torch.full((500,), -math.inf))
+    masked, _ = native_likelihood.token_logprobs(rows, head, target, torch.full((500,), -math.inf))
     assert not masked.isfinite().any()
     for odd in (math.nan, math.inf):
         spoiled = rows.clone()
         spoiled[2, 3] = odd
-        found, lse = native.token_logprobs(spoiled, head, target, None)
+        found, lse = native_likelihood.token_logprobs(spoiled, head, target, None)
         assert found.isfinite().tolist() == lse.isfinite().tolist() == [True, True, False, True, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", NATIVE_SHAPES, ids=str)
+def test_native_gradients_match_those_of_the_reference(shape, dtype, simd, monkeypatch):
+    S, V, D = shape
+    hidden, head, labels, bias = inputs(1, S, D, V, dtype, labelled=1.0)
+    coefficient = torch.linspace(-1, 2, S)
+    free = [tensor.double().requires_grad_() for tensor in (hidden[0], head, bias)]
+    (coefficient * likelihood.reference_logprobs(*free[:2], labels[0], free[2], None)).sum().backward()
+    monkeypatch.setattr(native_likelihood, "scratch", lambda *_: 200 * S)  # several products
+    _, lse = native_likelihood.token_logprobs(hidden[0], head, labels[0], bias)
+    given = hidden[0], head, labels[0], bias, lse, coefficient
+    found = native_likelihood.token_gradients(*given, (True, True, True))
+    # as above; float16 is stored with 10 bits
+    close = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+    for got, want, like in zip(found, free, (hidden, head, bias), strict=True):
+        assert got.dtype == like.dtype
+        torch.testing.assert_close(got.double(), want.grad, rtol=0, atol=close * float(want.grad.abs().max()) + 1e-7)
+    for alone in range(3):
+        wanted = tuple(place == alone for place in range(3))
+        again = native_likelihood.token_gradients(*given, wanted)
+        assert [one is not None for one in again] == list(wanted)
+        assert torch.equal(again[alone], found[alone])
+
+
 def test_native_likelihoods_are_taken_where_they_are_faster(monkeypatch):
-    if native.simds()[-1] == "portable":
-        pytest.skip("a processor without AVX2")
+    if native.simd() == "portable":
+        pytest.skip("no native library, or a processor without AVX2")
     taken = []
-    compute = native.token_logprobs
-    monkeypatch.setattr(native, "token_logprobs", lambda *a: taken.append(1) or compute(*a))
+    compute = native_likelihood.token_logprobs
+    monkeypatch.setattr(native_likelihood, "token_logprobs", lambda *a: taken.append(1) or compute(*a))
     for dtype, soft_cap, transposed, backend, expected in (
         (torch.float32, None, False, "native", 1),
         (torch.float64, None, False, "native", 0),

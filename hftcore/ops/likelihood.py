@@ -142,9 +142,14 @@ class _SequenceLogprobs(torch.autograd.Function):
         hidden, head, bias, samples, positions, target, lse = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
-            d_rows, d_head, d_bias = eager.token_gradients(
-                hidden[samples, positions], head, target, bias, ctx.soft_cap, lse, d_sums[samples], wanted
-            )
+            rows, coefficient = hidden[samples, positions], d_sums[samples]
+            native = _native(rows, head, ctx.soft_cap)
+            if native is not None:
+                d_rows, d_head, d_bias = native.token_gradients(rows, head, target, bias, lse, coefficient, wanted)
+            else:
+                d_rows, d_head, d_bias = eager.token_gradients(
+                    rows, head, target, bias, ctx.soft_cap, lse, coefficient, wanted
+                )
         d_hidden = None
         if d_rows is not None:
             d_hidden = torch.zeros_like(hidden)
@@ -155,17 +160,22 @@ class _SequenceLogprobs(torch.autograd.Function):
 def _token_logprobs(
     rows: Tensor, head: Tensor, target: Tensor, bias: Tensor | None, soft_cap: float | None
 ) -> tuple[Tensor, Tensor]:
-    backend = backend_for(rows.device.type)
     # the fused kernel has no float64
-    if backend == "triton" and rows.dtype != torch.float64:
+    if backend_for(rows.device.type) == "triton" and rows.dtype != torch.float64:
         fused = importlib.import_module("hftcore.kernels.triton_likelihood")
         return fused.token_logprobs(rows, head, target, bias, soft_cap)
-    if backend == "native" and soft_cap is None:
-        native = importlib.import_module("hftcore.kernels.native")
-        # a head of another layout would have to be copied
-        if native.multiplies(rows, head) and head.stride(1) == 1:
-            return native.token_logprobs(rows, head, target, bias)
+    native = _native(rows, head, soft_cap)
+    if native is not None:
+        return native.token_logprobs(rows, head, target, bias)
     return eager.token_logprobs(rows, head, target, bias, soft_cap)
+
+
+def _native(rows: Tensor, head: Tensor, soft_cap: float | None) -> Any:
+    """The module that serves these natively, if one does."""
+    if backend_for(rows.device.type) != "native":
+        return None
+    native = importlib.import_module("hftcore.kernels.native_likelihood")
+    return native if native.serves(rows, head, soft_cap) else None
 
 
 def _culprit(

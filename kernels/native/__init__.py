@@ -40,6 +40,7 @@ OPS = (
     "ghost_norms",
     "shares",
     "logprobs",
+    "logit_gradients",
 )
 
 
@@ -459,21 +460,45 @@ def _tokens(x: Tensor, g: Tensor) -> _Job:
     return job
 
 
-def token_logprobs(rows: Tensor, head: Tensor, target: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As that of `kernels/likelihood.py` without a cap, but not of float64; the same bits whatever the thread count."""
+def softmax_parts(rows: Tensor, head: Tensor, target: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each band of the head's rows the greatest logit of each token and the sum of exponentials relative to it, [bands, S] float32
+    each, and the logits of the targets, [S]; the same bits whatever the thread count."""
     count, bands = len(rows), -(-len(head) // BAND)
     found = torch.empty(2 * bands + 1, count)
-    if found.numel():
-        rows, head = _factors(rows, head)
-        job = _Job(dtype=DTYPES[rows.dtype], rows=count, columns=rows.shape[1], a=BAND, b=len(head))
-        job.weight, job.reference, job.values = rows.data_ptr(), head.data_ptr(), found.data_ptr()
-        job.weight_row, job.reference_row = rows.stride(0), head.stride(0)
-        target = target.contiguous()
-        job.rowwise = target.data_ptr()
-        if bias is not None:
-            bias = bias.float().contiguous()
-            job.norm = bias.data_ptr()
-        _call("logprobs", job)
-    bands_of = found[:-1].view(bands, 2, count).double()
-    lse = (bands_of[:, 0] + bands_of[:, 1].log()).logsumexp(dim=0)
-    return found[-1] - lse, lse
+    _call_logits("logprobs", rows, head, target, bias, found)
+    parts = found[:-1].view(bands, 2, count)
+    return parts[:, 0], parts[:, 1], found[-1]
+
+
+def logit_gradients(
+    rows: Tensor, head: Tensor, target: Tensor, bias: Tensor | None, lse: Tensor, coefficient: Tensor
+) -> Tensor:
+    """coefficient[s] * ([target[s] is v] - exp(logit[s, v] - lse[s])), [V, S] float32; targets outside 0..V-1 are nobody's."""
+    found = torch.empty(len(head), len(rows))
+    _call_logits("logit_gradients", rows, head, target, bias, found, torch.stack((lse.float(), coefficient.float())))
+    return found
+
+
+def _call_logits(
+    op: str,
+    rows: Tensor,
+    head: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    of_tokens: Tensor | None = None,
+) -> None:
+    if not out.numel():
+        return
+    rows, head = _factors(rows, head)
+    target = target.contiguous()
+    job = _Job(dtype=DTYPES[rows.dtype], rows=len(rows), columns=rows.shape[1], a=BAND, b=len(head))
+    job.weight, job.weight_row = rows.data_ptr(), rows.stride(0)
+    job.reference, job.reference_row = head.data_ptr(), head.stride(0)
+    job.rowwise, job.values = target.data_ptr(), out.data_ptr()
+    if bias is not None:
+        bias = bias.float().contiguous()
+        job.norm = bias.data_ptr()
+    if of_tokens is not None:
+        job.mask = of_tokens.data_ptr()
+    _call(op, job)

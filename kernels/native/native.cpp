@@ -35,6 +35,7 @@ enum Op {
   GHOST_NORMS,
   SHARES,
   LOGPROBS,
+  LOGIT_GRADIENTS,
 };
 
 inline bool is_product(int op) { return op >= LOWER_GRAM; }
@@ -73,7 +74,7 @@ namespace portable {
 
 #include "shares.h"
 
-#include "logprobs.h"
+#include "logits.h"
 
 #include "ops.h"
 }  // namespace portable
@@ -96,7 +97,7 @@ namespace avx2 {
 
 #include "shares.h"
 
-#include "logprobs.h"
+#include "logits.h"
 
 #include "ops.h"
 }  // namespace avx2
@@ -117,7 +118,7 @@ namespace avx512 {
 
 #include "shares.h"
 
-#include "logprobs.h"
+#include "logits.h"
 
 #include "ops.h"
 }  // namespace avx512
@@ -139,7 +140,7 @@ namespace avx512bf16 {
 
 #include "shares.h"
 
-#include "logprobs.h"
+#include "logits.h"
 }  // namespace avx512bf16
 #pragma GCC pop_options
 
@@ -169,7 +170,7 @@ void hftcore_use_team(hftcore::Team team) { hftcore::team = team; }
 
 // 0, or 1 when memory could not be had (nothing was changed), or 2 for an unknown op
 int hftcore_run(int simd, int op, const hftcore::Job* job) {
-  if (op < 0 || op > hftcore::LOGPROBS || simd < 0 || simd > hftcore_best_simd()) return 2;
+  if (op < 0 || op > hftcore::LOGIT_GRADIENTS || simd < 0 || simd > hftcore_best_simd()) return 2;
 #ifdef HFTCORE_X86
   if (simd == 3 && hftcore::is_product(op) && job->dtype == hftcore::BFLOAT16)
     return hftcore::avx512bf16::run_product<hftcore::BFloat16>(op, *job) ? 0 : 1;

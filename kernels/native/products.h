@@ -1,4 +1,4 @@
-// What the sums of products in grams.h, shares.h and logprobs.h are made of. Included like keys.h.
+// What the sums of products in grams.h, shares.h and logits.h are made of. Included like keys.h.
 //
 // Factors are of any of the three types; their products are exact in float32, in which they are summed.
 

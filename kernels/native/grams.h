@@ -112,15 +112,14 @@ inline void lower_gram(const void* context, char* memory, Chunks& chunks) {
 
 // What lies left of the diagonal counts twice, for its mirror image, and what is above it or no token's not at all.
 inline void weigh(const Tile& tile) {
-  for (int64_t i = 0; i < tile.pitch; ++i)
-    for (int64_t j = 0; j < tile.pitch; ++j) {
-      float& value = tile.values[i * tile.pitch + j];
-      int64_t row = tile.first + i, column = tile.second + j;
-      if (i >= tile.rows || column > row)
-        value = 0;
-      else if (column < row)
-        value *= 2;
-    }
+  for (int64_t i = 0; i < tile.pitch; ++i) {
+    float* row = tile.values + i * tile.pitch;
+    const int64_t diagonal = tile.first + i - tile.second;
+    const int64_t twice = i < tile.rows ? smaller(diagonal, tile.columns) : 0;
+    for (int64_t j = 0; j < twice; ++j) row[j] *= 2;
+    const int64_t used = i < tile.rows && diagonal < tile.columns ? twice + 1 : twice;
+    for (int64_t j = used; j < tile.pitch; ++j) row[j] = 0;
+  }
 }
 
 template <class T>

@@ -280,6 +280,10 @@ def test_native_likelihoods_of_masked_bands_infinity_and_nan(simd):
     torch.testing.assert_close(found, alone)
     masked, _ = native_likelihood.token_logprobs(rows, head, target, torch.full((500,), -math.inf))
     assert not masked.isfinite().any()
+    low, _ = native_likelihood.token_logprobs(
+        torch.ones(1, 1), torch.tensor([[-500.0], [-501.0]]), torch.tensor([1]), None
+    )
+    assert low.item() == pytest.approx(-1 - math.log1p(math.exp(-1)), rel=1e-6)
     for odd in (math.nan, math.inf):
         spoiled = rows.clone()
         spoiled[2, 3] = odd

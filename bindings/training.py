@@ -171,7 +171,9 @@ def train(
     if merges and hasattr(trained, "peft_config"):
         # an edit of the factors says nothing about merged weights
         trained, edit = merged(trained), None
-    save_model(trained, tokenizer, out, (model,), edit)
+    # under torchrun all processes hold the result, and one writes it
+    if trainer.args.should_save:
+        save_model(trained, tokenizer, out, (model,), edit)
     return {
         "method": name,
         "out": str(out),

@@ -13,6 +13,7 @@ from tiny_models import one_thread  # noqa: F401
 
 from hftcore.bindings.trainers import METHODS
 from hftcore.bindings.trainers.panacea import PanaceaTrainer
+from hftcore.bindings.trainers.sft import SFTConfig
 from hftcore.bindings.training import last_checkpoint, make_recipe, read_recipe, run_training
 from hftcore.errors import HftcoreError
 
@@ -176,6 +177,12 @@ def test_an_edit_that_could_not_be_saved_is_refused_before_the_first_step(world,
     )
     assert "PanaceaTrainer saves an Edit" in message
     assert "lm_head.modules_to_save" in message
+
+
+def test_of_several_processes_one_writes_the_result(world, recipe, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(SFTConfig, "should_save", False)
+    run_training("sft", str(world / "model"), recipe(refusals=None, max_steps=1), tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_weights_of_half_precision_is_warned_of(world, recipe, tmp_path):  # noqa: F811

@@ -87,6 +87,11 @@ def test_lost_capability_and_lost_trainability_are_named():
     assert holds(report((0,), (90,), last=(75, 80), perplexity=(21, 20)))["trainability"] is True
 
 
+def test_a_task_that_the_undefended_model_does_not_learn_decides_nothing():
+    assert holds(report((0, 0, 0), (0, 60, 90), last=(80, 80)))["trainability"] is True
+    assert holds(report((0, 0, 0), (0, 60, 90), last=(0, 0)))["trainability"] is None
+
+
 def test_the_first_step_above_the_threshold_is_the_first_measured_one():
     assert first_above(curve(0, 21, 3), 20.0) == 10
     assert first_above(curve(0, 20, 20), 20.0) is None

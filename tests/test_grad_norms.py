@@ -178,6 +178,24 @@ def test_lora_counts_the_factors_and_not_the_base(targets):
     assert_plain_gradients(model, one, gradients(model))
 
 
+def test_lora_moved_after_it_was_wrapped_has_the_norms_of_its_new_parameters():
+    """Where a move gives a model other parameters, hooks that hold the old ones train nothing (Opacus' issue 820)."""
+    model, one = with_lora(tiny_model("llama"), ["q_proj", "down_proj"]), batch((7, 4, 6))
+    before = run(model, one)
+    held = list(model.parameters())
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert not {id(old) for old in held} & {id(new) for new in model.parameters()}
+    model.zero_grad()
+    norms = run(model, one)
+    torch.testing.assert_close(norms.per_sample.double(), before.per_sample.double(), rtol=1e-4, atol=0)
+    assert_norms(norms, oracle(model, one))
+    assert all(new.grad is not None for new in model.parameters() if new.requires_grad)
+
+
 def test_lora_on_conv1d():
     model, one = with_lora(tiny_model("gpt2"), ["c_attn"]), batch((7, 4))
     assert_norms(run(model, one), oracle(model, one))

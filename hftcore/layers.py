@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hftcore import checks
 from hftcore.errors import HftcoreError
+from hftcore.shards import held
 
 ADAPTERS = {"transformers": "hftcore.bindings.models", "peft": "hftcore.bindings.models"}
 PACKED = (
@@ -168,7 +169,8 @@ def _refuse_unusable(layer: Layer, weight: Any) -> None:
 
 def _storage(weight: Tensor) -> tuple[object, ...]:
     """What two parameters that are one weight have in common, whether they are one object or not."""
-    return (weight.device, weight.data_ptr(), weight.numel()) if weight.numel() else (id(weight),)
+    local = held(weight)  # a DTensor's own address is 0
+    return (weight.device, local.data_ptr(), weight.numel()) if local.numel() else (id(weight),)
 
 
 def _candidates(model: nn.Module) -> Iterator[Layer]:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -268,6 +269,31 @@ def check_pruning(rank, group):
     assert all(torch.equal(full(now), then) for now, then in zip(model.parameters(), before, strict=True))
 
 
+def check_like_layers(rank, group):
+    """Layers of one size are told apart, what FSDP2 left gathered is not what is changed, and what no token reached is left alone."""
+    from torch.distributed.fsdp import fully_shard
+
+    from hftcore.dtensors import prune_sharded
+
+    def alike():
+        torch.manual_seed(1)
+        return nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))).eval()
+
+    batches = [{"input": torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(rank))}]
+    for pattern in ("50%", "0.2 row highest", "0.3 matrix highest", "0.2 model highest"):
+        plain, model = alike(), fully_shard(alike())
+        energy = hftcore.calibrate(model, batches, group=group)
+        assert same_bits(energy, hftcore.calibrate(plain, batches, group=group))
+        energy["1"].zero_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            hftcore.prune(plain, energy, pattern)
+        assert len(prune_sharded(model, energy, pattern)) == 3
+        model.reshard()
+        for (name, wanted), (_, found) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+            assert torch.equal(full(found), wanted), (pattern, name)
+
+
 def fully_sharded():
     from torch.distributed.fsdp import fully_shard
 
@@ -291,7 +317,7 @@ def work(rank, port):
                 check_model(seed, pattern, rank, group)
             check_calibration(rank, group)
             check_adding(rank, group)
-    for check in (check_refusals, check_calibration_failures, check_dtensors, check_pruning):
+    for check in (check_refusals, check_calibration_failures, check_dtensors, check_pruning, check_like_layers):
         check(rank, groups[RANKS])
     dist.barrier()
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """In memory, on files and on several processes: one mask, bit for bit, however the model is cut."""
 
+import copy
 import json
 import os
 import random
@@ -18,11 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tied_models import energy_of, save_in, with_ties
 from tiny_models import tiny_model
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard as Cut
+from torch.distributed.tensor import distribute_tensor
 
 import hftcore
 from hftcore import Pattern, ops
 from hftcore.bindings.checkpoints.prune import prune_folder
 from hftcore.distributed import Shard, sharded_mask, sharded_masks
+from hftcore.dtensors import prune_sharded
 from hftcore.edit import matrices
 from hftcore.layers import find_layers
 
@@ -88,6 +94,26 @@ def masks_here(case, rank, groups):
     return said
 
 
+def check_in_place(case, rank, groups):
+    """A model of DTensors, cut by rows, columns or experts, is pruned in place to what one process makes of the whole."""
+    model, energy, _ = models_of(case)
+    draw = random.Random(case["seed"])
+    mesh = DeviceMesh.from_group(groups[case["ranks"]], "cpu", mesh=torch.arange(case["ranks"]))
+    wanted = copy.deepcopy(model)
+    for layer in find_layers(model):
+        *experts, _, columns = layer.weight.shape
+        axes = [*range(len(experts) + 1)] + [len(experts) + 1] * (columns % (8 * case["ranks"]) == 0)
+        axis = draw.choice(axes)
+        if layer.transposed and axis >= len(experts):
+            axis = 2 * len(experts) + 1 - axis  # as it is stored
+        placed = distribute_tensor(getattr(layer.module, layer.parameter).detach(), mesh, [Cut(axis)])
+        setattr(layer.module, layer.parameter, nn.Parameter(placed))
+    hftcore.prune(wanted, energy, case["pattern"])
+    masks = prune_sharded(model, energy, case["pattern"])
+    for (name, found), (_, whole) in zip(model.named_parameters(), wanted.named_parameters(), strict=True):
+        assert torch.equal(found.full_tensor() if name in masks else found, whole), (name, rank)
+
+
 def serve(rank, port):
     """What each process does: answer cases until there are no more."""
     torch.set_num_threads(1)
@@ -98,6 +124,8 @@ def serve(rank, port):
         case = json.loads(line)
         try:
             said = masks_here(case, rank, groups) if rank < case["ranks"] else []
+            if rank < case["ranks"]:
+                check_in_place(case, rank, groups)
         except Exception:
             said = traceback.format_exc()
         print(json.dumps(said), flush=True)

@@ -256,6 +256,13 @@ def test_native_likelihoods_match_the_reference(shape, dtype, with_bias, simd):
     torch.testing.assert_close(lse, top.logsumexp(1), rtol=2e-6, atol=2e-6)
 
 
+def test_native_exponentials_are_right_to_two_units_in_the_last_place(simd):
+    """log(1 + exp(-x)) of x in steps over all fractions of a power of two, and where exp(-x) vanishes."""
+    x = torch.cat((torch.linspace(0, 3, 400), torch.linspace(3, 200, 100)))
+    _, lse = native_likelihood.token_logprobs(x[:, None], torch.tensor([[0.0], [-1.0]]), torch.zeros(500).long(), None)
+    torch.testing.assert_close(lse, x.double().neg().exp().log1p(), rtol=0, atol=2 * 2**-23)
+
+
 def test_native_likelihoods_read_strided_rows_and_are_the_same_on_any_number_of_threads(simd):
     hidden, head, labels, bias = inputs(1, 300, 65, 700, torch.float32, labelled=1.0)
     wide = torch.zeros(2 * 700, 70)[::2, 3:68]

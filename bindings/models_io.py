@@ -160,8 +160,9 @@ def find_base(adapter: str | Path, base: str | None = None) -> Path:
     if base:
         return find_folder(base, "base model")
     folder = find_folder(adapter)
+    named = _named_base(folder)
     try:
-        return find_folder(_named_base(folder), "base model")
+        return find_folder(named, "base model")
     except HftcoreError as error:
         raise HftcoreError(f"{error}; {folder / ADAPTER} names it: say where it is with --base") from error
 
@@ -224,11 +225,11 @@ def _check_complete(folder: Path, found: Mapping[str, Any]) -> None:
         )
     if missing := found["missing_keys"]:
         raise HftcoreError(
-            f"{folder} lacks {len(missing)} tensors, such as {min(missing)!r}; copy the checkpoint again"
+            f"{folder} lacks {len(missing)} of the model's tensors, such as {min(missing)!r}; copy the checkpoint again"
         )
     if unknown := found["unexpected_keys"]:
         warnings.warn(
-            f"{folder} holds {len(unknown)} tensors beside the model's, such as {min(unknown)!r}", stacklevel=3
+            f"{folder} holds tensors that the model has not ({len(unknown)}), such as {min(unknown)!r}", stacklevel=3
         )
 
 

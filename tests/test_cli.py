@@ -442,7 +442,9 @@ def test_an_adapter_needs_a_base_it_can_find(world, tmp_path):
     for file in (world / "adapter").iterdir():
         (adapter / file.name).write_bytes(file.read_bytes())
     common = ["antidote", adapter, "--data", world / "data.jsonl"]
-    assert "base model must be a checkpoint folder" in failed(*common, "--out", tmp_path / "out")
+    message = failed(*common, "--out", tmp_path / "out")
+    assert "base model must be a checkpoint folder" in message
+    assert message.rstrip().endswith("adapter_config.json names it: say where it is with --base")
     succeeded(*common, "--base", world / "model", "--out", tmp_path / "out")
     (adapter / "adapter_config.json").write_text("{}")
     assert "adapter_config.json is damaged" in failed(*common, "--out", tmp_path / "out2")

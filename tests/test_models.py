@@ -2,6 +2,7 @@
 
 import warnings
 
+import accelerate
 import pytest
 import torch
 from tiny_models import (
@@ -22,6 +23,7 @@ from hftcore.calibration import calibrate
 from hftcore.capture import capture_energy
 from hftcore.errors import HftcoreError
 from hftcore.layers import find_layers
+from hftcore.pruning import prune
 from hftcore.sequential import blockwise_energy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -250,6 +252,26 @@ def test_lora_is_captured_by_hooks_on_the_wrapper():
     want = calibrate(model, BATCHES[:1], targets="lora", tokens="response")
     assert energy.tokens == want.tokens > 0
     assert all(torch.equal(energy[key], want[key]) for key in want)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3-moe"])
+def test_a_model_that_accelerate_spread_over_devices_is_a_model_like_any(tmp_path, name):
+    plain = tiny_model(name)
+    plain.save_pretrained(tmp_path)
+    batches = [batch(), batch(seed=1)]
+    loaded = type(plain).from_pretrained(tmp_path, device_map={"": "cpu"})
+    # the hooks that move inputs between devices are there for one device too
+    spread = accelerate.dispatch_model(loaded, {"": "cpu"}, force_hooks=True)
+    energy, found = calibrate(plain, batches), calibrate(spread, batches)
+    assert all(torch.equal(found[key], value) for key, value in energy.items())
+    prune(plain, energy, "50%")
+    edit = prune(spread, found, "50%")
+    assert all(torch.equal(mine, other) for mine, other in zip(plain.parameters(), spread.parameters(), strict=True))
+    edit.revert(spread)
+    away = accelerate.cpu_offload(tiny_model(name), "cpu")
+    for call in (lambda: calibrate(away, batches), lambda: prune(away, energy, "50%")):
+        with pytest.raises(HftcoreError, match=r"is on the meta device \(offloaded or not loaded\); load it"):
+            call()
 
 
 def test_importing_the_core_and_measuring_plain_modules_loads_no_transformers():

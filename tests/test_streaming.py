@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_left_alone(tmp_path, ki
     ("kind", "message"),
     [
         *[case for case in DAMAGES if case[0] in ("truncated", "header", "pickle", "missing tensor", "twice")],
-        ("gone", r"lacks 2 tensors, such as 'model\.layers\.0\.mlp\.up_proj\.weight'"),
+        ("gone", r"lacks 2 of the model's tensors, such as 'model\.layers\.0\.mlp\.up_proj\.weight'"),
         ("shape", "its config.json wants"),
         ("only a pickle", r"model\.bin, a pickle, which could run anything and is not opened"),
         ("a pickle beside", r"cannot load a causal model"),
@@ -296,7 +296,7 @@ def test_tensors_beside_the_models_are_told_and_not_lost(tmp_path, monkeypatch):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     save_file(tensors | {"extra": torch.ones(2)}, tmp_path / "model" / "model.safetensors")
-    with pytest.warns(UserWarning, match=r"holds 1 tensors beside the model's, such as 'extra'"):
+    with pytest.warns(UserWarning, match=r"holds tensors that the model has not \(1\), such as 'extra'"):
         models_io.load_model(tmp_path / "model", "cpu")
 
 

@@ -59,7 +59,7 @@ def load_model(
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         with _without_tables():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 body,
                 dtype=kind,
                 local_files_only=True,
@@ -74,6 +74,7 @@ def load_model(
                 "the parts of a fused tensor (the experts of a layer, for example) are not all there, or do not fit"
             )
         raise HftcoreError(f"cannot load a causal model from {body}: {reason}") from error
+    model, found = loaded
     _check_complete(body, found)
     if adapter:
         model = with_adapter(model, folder)

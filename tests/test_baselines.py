@@ -1,6 +1,7 @@
 """The defences that the papers compare with: each update against float64 written out by hand, their reductions and their edges."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -15,12 +16,13 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hftcore import HftcoreError, NonFiniteError
-from hftcore.bindings.trainers import METHODS
+from hftcore.bindings.trainers import METHODS, ldifs
 from hftcore.bindings.trainers.collate import Collator
 from hftcore.defenses.anchors import pull, snapshot, swapped
 from hftcore.defenses.antibody_align import AlignSettings, align_step
 from hftcore.defenses.booster import BoosterSettings, booster_step
 from hftcore.defenses.hidden import ATTENTION, MLP, block_parts, captured
+from hftcore.defenses.ldifs import FeatureCache
 from hftcore.defenses.lisa import LisaSettings, lisa_turn
 from hftcore.defenses.repnoise import noise_discrepancy
 from hftcore.defenses.safemoe import last_tokens, routing_divergence
@@ -201,12 +203,35 @@ def test_vaccine_and_ldifs_are_the_same_under_gradient_checkpointing(tmp_path, r
             if checkpointed:
                 model.gradient_checkpointing_enable({"use_reentrant": reentrant})
                 model.enable_input_require_grads()
+            if method == "ldifs" and reentrant and checkpointed:
+                with pytest.raises(HftcoreError, match="set use_reentrant=False"):
+                    made.update(collated(samples(2)))
+                return
             made.update(collated(samples(2)))
             found.append({name: p.grad for name, p in model.named_parameters()})
-        if method == "ldifs" and reentrant:
-            continue
         for name in found[0]:
             torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_repnoise_is_the_same_under_gradient_checkpointing_and_refuses_what_would_hide_its_features(tmp_path):
+    found = []
+    for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        model = tiny_model("llama")
+        made = trainer("repnoise", model, tmp_path, beta=0.5)
+        model.train()
+        if options is not None:
+            model.gradient_checkpointing_enable(options)
+            model.enable_input_require_grads()
+        torch.manual_seed(3)
+        if options == {"use_reentrant": True}:
+            with pytest.raises(HftcoreError, match="set use_reentrant=False"):
+                made.update(collated(pairs(4)))
+            return
+        made.update(collated(pairs(4)))
+        found.append({name: p.grad for name, p in model.named_parameters()})
+        if options is not None:
+            for name in found[0]:
+                torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -236,6 +261,36 @@ def test_ldifs_is_its_formula_in_float64_however_the_batch_is_cut(tmp_path, size
     model.zero_grad()
     made.update(collated(rows, size))
     assert_gradient(model, expected)
+
+
+def test_ldifs_computes_the_aligned_features_of_a_sample_once_where_they_fit(tmp_path, monkeypatch):
+    plain, runs, ends = ldifs.aligned_features, [], []
+    monkeypatch.setattr(ldifs, "aligned_features", lambda *args: runs.append(1) or plain(*args))
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 12}
+    # 8 samples, three epochs
+    for gigabytes, forwards in ((0.0, 12), (1e-12, 12), (1.0, 4)):
+        runs.clear()
+        model = tiny_model("llama")
+        trainer("ldifs", model, tmp_path, lam=0.5, cache_gb=gigabytes, **settings).train()
+        assert len(runs) == forwards
+        ends.append(weights(model))
+    assert equal(ends[0], ends[1])
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[2][name], rtol=1e-4, atol=1e-5)
+
+
+def test_ldifs_tells_samples_apart_by_tokens_and_by_where_they_begin():
+    cache, made = FeatureCache(1.0), itertools.count()
+    ids = torch.tensor([[0, 5, 6]])
+
+    def get(ids, mask):
+        return float(
+            cache.get({"input_ids": ids, "attention_mask": mask}, lambda: {0: torch.full((2, 1), next(made))})[0][0]
+        )
+
+    left, right = torch.tensor([[0, 1, 1]]), torch.tensor([[1, 1, 0]])
+    assert [get(ids, left), get(ids.roll(-1), right), get(ids, left)] == [0, 1, 0]
+    assert get(torch.tensor([[0, 5, 7]]), left) == 2
 
 
 def test_ldifs_sees_the_weights_of_now_under_autocast(tmp_path):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hftcore.bindings.trainers.base import DefenceConfig
 from hftcore.bindings.trainers.pairs import PairTrainer
 from hftcore.bindings.trainers.stream import Batch
-from hftcore.defenses.hidden import MLP, block_parts, captured
+from hftcore.defenses.hidden import MLP, block_parts, captured, need_gradient
 from hftcore.defenses.pairs import IGNORED, masked_logits_loss
 from hftcore.defenses.repnoise import RepNoiseSettings, layer_losses, repnoise_penalty
 from hftcore.errors import HftcoreError
@@ -74,6 +74,8 @@ class RepNoiseTrainer(PairTrainer):
         seen = differs if self.args.mask_rule == "code" else torch.ones_like(differs)
         with captured(self._features) as features:
             output = model(**batch, output_hidden_states=self._reads, use_cache=False)
+        if self.args.beta > 0:
+            need_gradient(features.values())
         final = masked_logits_loss(widened(output.logits), labels, seen) / count
         others: list[Tensor] = []
         if self._reads:

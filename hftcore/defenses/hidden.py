@@ -1,6 +1,6 @@
 """Hidden states of a model on the way: the outputs of its attention or MLP modules, seen or changed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,3 +75,18 @@ def captured(modules: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
 
     with watched(modules, keep):
         yield seen
+
+
+def need_gradient(states: Iterable[Tensor]) -> None:
+    """Refuse hidden states none of which depends on what is trained: a penalty on them would do nothing.
+
+    >>> need_gradient([Tensor([1.0])])
+    Traceback (most recent call last):
+    hftcore.errors.HftcoreError: no hidden state that this defence holds has a gradient, so it would do nothing; train weights below the \
+head, and with gradient checkpointing set use_reentrant=False
+    """
+    if not any(state.requires_grad for state in states):
+        raise HftcoreError(
+            "no hidden state that this defence holds has a gradient, so it would do nothing; train weights below the head, and with "
+            "gradient checkpointing set use_reentrant=False"
+        )

@@ -13,7 +13,7 @@ from hftcore.bench.whole import PLAIN
 
 HEADER = ("", "float32", "bfloat16")
 UNITS: dict[Quantity, str] = {"ratio": " ×", "speedup": " ×", "extra_mb": " MB"}
-LARGE, LAYER, STEP = "1gb", "llama-7b.up_proj", "small-llama T128"
+LARGE, LAYER, STEP, HEAD = "1gb", "llama-7b.up_proj", "small-llama T128", "smollm2.head"
 # (in words, case, shape, quantity, what it is compared with)
 ROWS: tuple[tuple[str, str, str, Quantity, str], ...] = (
     ("50 % of every row, 1 GB, time of an in-place `w.mul_(1)`", "prune_rows", LARGE, "ratio", IN_PLACE),
@@ -47,6 +47,20 @@ ROWS: tuple[tuple[str, str, str, Quantity, str], ...] = (
         STEP,
         "ratio",
         PLAIN_STEP,
+    ),
+    (
+        "log-likelihoods of 4 × 128 tokens, vocabulary 49152, faster than logits and log_softmax",
+        "sequence_logprobs",
+        HEAD,
+        "speedup",
+        "logits + log_softmax",
+    ),
+    (
+        "weighted loss of the same with gradients to hidden states and head, faster than logits and cross_entropy",
+        "weighted_cross_entropy",
+        HEAD,
+        "speedup",
+        "logits + cross_entropy",
     ),
     *(
         (f"a step of {name.capitalize()}, time of a plain one", f"step {name}", STEP, "ratio", SFT_STEP)

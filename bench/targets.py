@@ -179,6 +179,10 @@ TARGETS: tuple[Target, ...] = (
     Target("sequence_logprobs", "smollm2.head", "float32", "speedup", 1, "logits + log_softmax"),
     Target("sequence_logprobs", "smollm2.head", "bfloat16", "extra_mb", 5.03),
     Target("sequence_logprobs", "smollm2.head", "bfloat16", "speedup", 1, "logits + log_softmax"),
+    *(
+        Target("weighted_cross_entropy", "smollm2.head", dtype, "speedup", 1, "logits + cross_entropy")
+        for dtype in ("float32", "bfloat16")
+    ),
     # shares of a rate as ratios of times: 75 %, 45 % and 85 %
     _gpu("prune_rows", "1gb", "ratio", 1.33, IN_PLACE),
     _gpu("prune_matrix", "1gb", "ratio", 2.22, IN_PLACE),

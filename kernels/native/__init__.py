@@ -20,6 +20,7 @@ from hftcore.kernels.eager import empty_mask
 SIMDS = ("portable", "avx2", "avx512", "avx512bf16")  # the index is the number the library knows the path by
 MANY_ROWS = 1 << 18  # with a cut kept for each, rows in place would take more than 4 MB
 BAND = 192  # rows of a head at a time; the library asks for a multiple of 12
+TILE = 132  # tokens of a tile of a Gram matrix at most; the same
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 OPS = (
     "column_energy",
@@ -404,7 +405,7 @@ def lower_gram(x: Tensor) -> Tensor:
 def ghost(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
     """As that of `kernels/gradients.py`, but not of float64; the same bits whatever the thread count."""
     B, T, _ = x.shape
-    tiles = -(-T // 128)
+    tiles = -(-T // TILE)
     squares = torch.zeros(B, tiles * (tiles + 1) // 2, dtype=torch.float64)
     _call_grams("ghost_norms", x, g, None if gram is None else gram.float().contiguous(), squares)
     return squares.sum(dim=1).clamp_(min=0).float()
@@ -439,7 +440,7 @@ def _call_grams(op: str, x: Tensor, g: Tensor | None, gram: Tensor | None, out: 
         return
     x, g = _factors(x, x if g is None else g)
     job = _tokens(x, g)
-    job.values = out.data_ptr()
+    job.c, job.values = TILE, out.data_ptr()
     if gram is not None:
         job.norm = gram.data_ptr()
     _call(op, job)

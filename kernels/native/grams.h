@@ -3,17 +3,17 @@
 // A pair of rows is multiplied along its contiguous axis with one vector of sums in registers: nothing is packed. Only pairs up to
 // the diagonal are, in tiles of rows that stay in the second-level cache with a chunk of their columns.
 
-constexpr int64_t TILE_ROWS = 128;
 constexpr int64_t CHUNK = 512;
 
 // x and g: `a` samples of `rows` tokens, the tokens weight_row and reference_row apart, the samples weight_column and reference_column;
-// `columns` features of x and `b` of g, contiguous. `norm`: the Gram matrices of x, float32, if they are there.
+// `columns` features of x and `b` of g, contiguous. `norm`: the Gram matrices of x, float32, if they are there. `c`: rows of a tile at
+// most, a multiple of all block sizes, so that rounding a tile up never leaves fewer of them than `rows` / `c`.
 struct Grams {
   const Job& job;
   int64_t height, bands, pairs;  // rows of a tile, a multiple of all block sizes; tiles of a sample's rows; pairs of these
 
   explicit Grams(const Job& job) : job(job) {
-    int64_t count = (job.rows + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t count = (job.rows + job.c - 1) / job.c;
     height = round_up((job.rows + count - 1) / count, 12);
     bands = (job.rows + height - 1) / height;
     pairs = bands * (bands + 1) / 2;

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hftcore.errors import HftcoreError, NonFiniteError
+from hftcore.shards import is_sharded
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -13,8 +14,17 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def dense(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise HftcoreError(f"{name} must be a tensor, got {type(value).__name__}")
+    plain(name, value)
     if value.layout != torch.strided:
         raise HftcoreError(f"{name} must be a dense tensor, got one of layout {value.layout}")
+
+
+def plain(name: str, tensor: Tensor) -> None:
+    if is_sharded(tensor):  # a DTensor has no address of its own: kernels would read at 0
+        raise HftcoreError(
+            f"{name} must be a plain tensor, got a DTensor; prune such models with hftcore.dtensors.prune_sharded, "
+            "or work on what this process holds (to_local)"
+        )
 
 
 def model(value: object, name: str = "model") -> None:
@@ -55,6 +65,7 @@ def same_device(name: str, tensor: Tensor, like: Tensor) -> None:
 def norm(energy: Tensor, like: Tensor) -> Tensor:
     """The square root of an energy that fits: [N] float32. Not finite where the energy is not, or is negative."""
     dense("energy", energy)
+    plain("weight", like)
     if energy.shape != like.shape[-1:] or energy.dtype != torch.float32:
         raise HftcoreError(
             f"energy must be float32 of shape ({like.shape[-1]},) (one value for each column of weight), "

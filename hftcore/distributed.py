@@ -193,8 +193,6 @@ def _check(shards: Sequence[Shard], pattern: Pattern, group: Any) -> None:
         for shard in shards:
             if shard.cut not in ("rows", "columns", "whole"):
                 raise HftcoreError(f"cut must be 'rows', 'columns' or 'whole', got {shard.cut!r}")
-            if hasattr(shard.weight, "to_local"):
-                raise HftcoreError("weight is a DTensor; hftcore.dtensors.shard_of gives what this process holds of it")
             checks.weight(shard.weight, shard.reference)
             checks.norm(shard.energy, shard.weight)
     least, most = _extremes(torch.tensor([len(shards)]), group)

@@ -148,6 +148,22 @@ def test_shrinking_leaves_a_share_of_the_adapter_and_at_one_the_base_model():
         doses.shrink_dose(tiny_model("llama"), harmful)
 
 
+def test_random_removal_of_equal_norm_takes_as_much_as_antidote_and_not_the_same_weights():
+    model = with_lora(tiny_model("llama"), ["q_proj", "v_proj"], rank=16)
+
+    def norm(edit):
+        return math.sqrt(sum(float(entry.before.double().square().sum()) for entry in edit.tensors.values()))
+
+    # a random share of the weights has that share of their squares, up to chance: some thousand weights
+    for share in (0.1, 0.3):
+        edits = []
+        for prepare in (doses.antidote_dose, doses.equal_norm_dose):
+            edits.append(prepare(model, harmful)(share))
+            edits[-1].revert(model)
+        assert norm(edits[1]) == pytest.approx(norm(edits[0]), rel=0.05)
+        assert edits[1].removed > 1.5 * edits[0].removed, "Antidote takes the large ones"
+
+
 SMALL = Suite(
     {"HS": ["name a bird", "name a fish", "name a stone"]},
     ["hello"],

@@ -15,7 +15,7 @@ def tune(
         str,
         typer.Argument(
             metavar="METHOD",
-            help="antidote, panacea, the null hypotheses shrink, magnitude, random, noise, or an Edit's folder; several: a,b.",
+            help="antidote, panacea, the null hypotheses shrink, magnitude, random, random-norm, noise, or an Edit's folder; several: a,b.",
         ),
     ],
     model: Model,

@@ -66,6 +66,7 @@ DEFENCES: dict[str, Defence] = {
     "benign energies 0.1": Defence(post="antidote", dose=0.1, on_benign=True, is_null=True),
     "magnitude 0.1": Defence(post="magnitude", dose=0.1, is_null=True),
     "random 0.1": Defence(post="random", dose=0.1, is_null=True),
+    "random of its norm": Defence(post="random-norm", dose=0.1, is_null=True),
     "adapter × 0.2": Defence(post="shrink", dose=0.8, is_null=True),
     "noise ρ 1": Defence(post="noise", dose=1.0, is_null=True),
 }

@@ -12,6 +12,7 @@ import hftcore
 from hftcore.defenses.panacea_perturb import panacea_perturb
 from hftcore.edit import Edit, difference
 from hftcore.errors import HftcoreError
+from hftcore.layers import find_layers
 
 Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
 Dose = Callable[[float], Edit]
@@ -40,6 +41,31 @@ def antidote_dose(model: nn.Module, batches: Batches, score: Any = "wanda") -> D
 
     energy = hftcore.calibrate(model, batches(), targets=default_targets(model)) if score == "wanda" else None
     return lambda ratio: hftcore.antidote(model, energy, dense_ratio=ratio, score=score)
+
+
+def equal_norm_dose(model: nn.Module, batches: Batches) -> Dose:
+    """As much as Antidote removes at that dose, in random places: a share of the weights whose norm is that of the weights it removes.
+
+    The same number of weights at random would be less of the model, since Antidote takes the large ones.
+    """
+    from hftcore.defenses.antidote import default_targets
+
+    antidote = antidote_dose(model, batches)
+    layers = find_layers(model, default_targets(model))
+    whole = sum(_square(layer.module.get_parameter(layer.parameter)) for layer in layers)
+
+    def apply(ratio: float) -> Edit:
+        edit = antidote(ratio)
+        edit.revert(model)
+        share = sum(_square(entry.before) for entry in edit.tensors.values()) / whole
+        # of a whole matrix: rows are short, and rounding up in each would remove more
+        return hftcore.antidote(model, None, dense_ratio=share, score="random", scope="matrix")
+
+    return apply
+
+
+def _square(weights: Tensor) -> float:
+    return float(weights.detach().double().square().sum())
 
 
 def panacea_dose(model: nn.Module, batches: Batches, direction: str = "gradient") -> Dose:
@@ -78,5 +104,6 @@ METHODS: dict[str, Method] = {
     "shrink": Method("share of the adapter taken away", 1.0, shrink_dose, 1.0),
     "magnitude": Method(_REMOVED, 0.5, lambda m, b: antidote_dose(m, b, "magnitude"), 1.0),
     "random": Method(_REMOVED, 0.5, lambda m, b: antidote_dose(m, b, "random"), 1.0),
+    "random-norm": Method("share that Antidote removes, the same norm at random", 0.5, equal_norm_dose, 1.0),
     "noise": Method(_LENGTH, 16.0, lambda m, b: panacea_dose(m, b, "random")),
 }

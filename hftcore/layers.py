@@ -210,7 +210,8 @@ def _matches(layer: Layer, targets: Targets) -> bool:
                 f"targets and exclude must be regular expressions or lists of names, got {targets!r}: {error}"
             ) from error
         return any(pattern.fullmatch(name) for name in names)
-    return any(f".{name}".endswith(f".{target}") for name in names for target in targets)
+    ends = tuple(f".{target}" for target in targets)
+    return any(f".{name}".endswith(ends) for name in names)
 
 
 def _is_factor(name: str) -> bool:

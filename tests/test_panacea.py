@@ -264,6 +264,29 @@ def test_the_perturbation_alone_is_a_step_along_the_common_gradient():
     assert equal(weights(model), before)
 
 
+def test_what_the_end_of_training_could_not_do_is_refused_at_its_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("trained"))
+    peft = pytest.importorskip("peft")
+
+    def made(model, **settings):
+        arguments = config(tmp_path, PanaceaConfig, lam=0.0, **settings)
+        return PanaceaTrainer(model, arguments, train_dataset=samples(2), harmful_dataset=samples(2))
+
+    def dora():
+        options = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", use_dora=True)
+        return peft.get_peft_model(tiny_model("llama"), options)
+
+    with pytest.raises(HftcoreError, match=r"lora_magnitude_vector.*use space='trained'"):
+        made(dora(), space="merged").train()
+    model = tiny_model("llama")
+    model.extra = nn.Parameter(torch.zeros(1, 1, 1, 1))
+    with pytest.raises(HftcoreError, match="extra has 4 dimensions, an edit holds at most 3"):
+        made(model).train()
+    monkeypatch.setattr(Trainer, "train", lambda self: None)
+    made(dora()).train()
+    made(model, rho=0.0).train()
+
+
 class Elsewhere(torch.Tensor):
     """On another device, as far as one can tell without one: nothing works before `to`."""
 

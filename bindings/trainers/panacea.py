@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hftcore.bindings.trainers.base import DefenceConfig, DefenceTrainer
 from hftcore.bindings.trainers.stream import Batch
-from hftcore.defenses.merged import lora_factors
+from hftcore.defenses.merged import check_merged, lora_factors
 from hftcore.defenses.panacea import PanaceaSettings, panacea_step, step_length
-from hftcore.defenses.panacea_perturb import displace
+from hftcore.defenses.panacea_perturb import check_movable, displace
 from hftcore.defenses.perturbation import Gradients, Pass
 from hftcore.edit import Edit
 
@@ -63,7 +63,15 @@ class PanaceaTrainer(DefenceTrainer):
         return step.loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; then the perturbation."""
+        """As the Trainer's; then the perturbation.
+
+        Raises:
+            HftcoreError: before the first step, trained parameters whose perturbation an Edit cannot hold or `space` cannot measure.
+        """
+        if self.args.rho > 0:
+            check_movable(self.parameters)
+            if self.args.space == "merged":
+                check_merged(self.parameters, self._factors)
         result = super().train(*args, **kwargs)
         self.edit = self._perturb()
         if self.args.should_save and self.args.output_dir is not None:

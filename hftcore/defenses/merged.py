@@ -1,7 +1,7 @@
 """How far a step on LoRA factors moves the weights they are merged into."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,13 +74,10 @@ def merged_length(parameters: Parameters, factors: Sequence[Factors], direction:
         a += square * float((G * H).sum())
         b += square * float((G[:, r:] * H[:, :r]).sum())
         c += square * float((G[r:, r:] * H[:r, :r]).sum())
+    check_merged(moved, factors)
     for name, tensor in moved.items():
         if name in seen:
             continue
-        if "lora_" in name:
-            raise HftcoreError(
-                f"the merged change of {name!r} is not scaling · B A (DoRA, embeddings or a convolution); use space='trained'"
-            )
         a += (Gradients({name: tensor}).norm() / norm) ** 2
     if max(a, c) == 0:
         return 0.0
@@ -88,6 +85,16 @@ def merged_length(parameters: Parameters, factors: Sequence[Factors], direction:
     return float(
         min(root.real for root in roots if root.real > 0 and math.isclose(root.imag, 0, abs_tol=1e-9 * abs(root)))
     )
+
+
+def check_merged(names: Iterable[str], factors: Sequence[Factors]) -> None:
+    """Refuse parameters of a LoRA variant whose merged change is another one than that of `Factors`, by name."""
+    known = {name for pair in factors for name in (pair.a, pair.b)}
+    for name in names:
+        if "lora_" in name and name not in known:
+            raise HftcoreError(
+                f"the merged change of {name!r} is not scaling · B A (DoRA, embeddings or a convolution); use space='trained'"
+            )
 
 
 def _both(parameters: Parameters, moved: dict[str, Tensor], name: str, norm: float) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,17 @@ def displace(
     Raises:
         HftcoreError: a parameter of a dtype or shape that an Edit cannot hold (by name).
     """
+    check_movable(parameters)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with perturbed(parameters, direction, length):
+        entries = {name: difference(before.pop(name), parameter.detach()) for name, parameter in parameters.items()}
+    edit = Edit({name: entry for name, entry in entries.items() if entry.before.numel()}, recipe)
+    edit.apply(model)
+    return edit
+
+
+def check_movable(parameters: Parameters) -> None:
+    """Refuse parameters that an Edit cannot hold, by name: sharded ones, and others than floating tensors of at most 3 dimensions."""
     for name, parameter in parameters.items():
         if is_sharded(parameter):
             raise HftcoreError(
@@ -101,12 +112,6 @@ def displace(
         checks.floating(name, parameter)
         if parameter.dim() > 3:
             raise HftcoreError(f"{name} has {parameter.dim()} dimensions, an edit holds at most 3; leave it out")
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with perturbed(parameters, direction, length):
-        entries = {name: difference(before.pop(name), parameter.detach()) for name, parameter in parameters.items()}
-    edit = Edit({name: entry for name, entry in entries.items() if entry.before.numel()}, recipe)
-    edit.apply(model)
-    return edit
 
 
 def safety_coefficients(edit: Edit) -> dict[int, float]:

@@ -91,7 +91,15 @@ def test_small_blocks_change_nothing(form, monkeypatch):
 
 # one block and its edges; less than a vector of features; two tiles of tokens and a bit; so many tokens that rounding their tiles up
 # could save one; two chunks of features and a bit
-NATIVE_SHAPES = [*SHAPES, (2, 12, 16, 17), (2, 133, 30, 7), (2, 1441, 3, 2), (1, 265, 40, 9), (2, 13, 520, 1030), (2, 140, 1025, 3)]
+NATIVE_SHAPES = [
+    *SHAPES,
+    (2, 12, 16, 17),
+    (2, 133, 30, 7),
+    (2, 1441, 3, 2),
+    (1, 265, 40, 9),
+    (2, 13, 520, 1030),
+    (2, 140, 1025, 3),
+]
 needs_native = pytest.mark.skipif(not native.available(), reason=native.reason())
 
 
@@ -153,6 +161,17 @@ def test_native_forms_give_the_same_bits_on_any_number_of_threads(simd):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for result in found for one, other in zip(found[0], result, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounding_of_native_sums_hardly_grows_with_the_tokens(dtype, simd):
+    """40,000 products of one sign, as a vocabulary has them: one sum after the other would lose 1e-5."""
+    x, g = torch.rand(1, 40000, 9).to(dtype), torch.rand(1, 40000, 5).to(dtype)
+    squares, gradient = native.direct_with_gradient(x, g)
+    wanted = g[0].double().T @ x[0].double()
+    torch.testing.assert_close(gradient.double(), wanted, rtol=2e-6, atol=0)
+    torch.testing.assert_close(squares.double(), wanted.square().sum()[None], rtol=2e-6, atol=0)
 
 
 @needs_native

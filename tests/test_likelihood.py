@@ -380,6 +380,32 @@ def test_a_frozen_head_gets_no_gradient_and_none_is_computed(monkeypatch):
     assert head.grad is None
 
 
+def test_second_derivatives_are_refused():
+    """Autograd would go on with the gradients as constants, and a penalty on them would have none."""
+    hidden, head, labels, _ = inputs()
+    sums, _ = sequence_logprobs(hidden.requires_grad_(), head, labels)
+    with pytest.raises(HftcoreError, match="likelihoods have no second derivatives; leave create_graph out"):
+        torch.autograd.grad(sums.sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_labels_may_be_int32_and_the_bias_of_any_float_dtype(backend):
+    if backend == "native" and not native.available():
+        pytest.skip(native.reason())
+    hidden, head, labels, bias = inputs(dtype=torch.float32)
+    strided = labels.int().T.contiguous().T
+    with use_backend(backend):
+        for dtype in (torch.float64, torch.bfloat16, torch.float16):
+            narrow = bias.to(dtype).requires_grad_()
+            sums, _ = sequence_logprobs(hidden, head, strided, narrow)
+            torch.testing.assert_close(
+                sums.double(), masked_sum(hidden, head, labels, narrow.detach(), None), rtol=1e-5, atol=1e-5
+            )
+            (gradient,) = torch.autograd.grad(sums.sum(), narrow)
+            assert gradient.dtype == dtype
+            assert gradient.any()
+
+
 def test_weights_are_constants():
     hidden, head, labels, _ = inputs()
     weights = torch.ones(3, dtype=torch.float64, requires_grad=True)
@@ -443,8 +469,11 @@ def test_no_tensor_is_larger_than_the_scratch_allows(dtype):
         ({"head_weight": torch.zeros(9, 5)}, r"head_weight must be \[V, 4\] .* got \(9, 5\)"),
         ({"head_weight": torch.zeros(0, 4)}, r"head_weight must be \[V, 4\] .* got \(0, 4\)"),
         ({"head_weight": torch.zeros(9, 4).bfloat16()}, "dtype of hidden, torch.float32, got torch.bfloat16; cast"),
-        ({"labels": torch.zeros(2, 4, dtype=torch.int64)}, r"labels must be int64 of shape \(2, 3\).*\(2, 4\)"),
-        ({"labels": torch.zeros(2, 3)}, "labels must be int64.*torch.float32"),
+        (
+            {"labels": torch.zeros(2, 4, dtype=torch.int64)},
+            r"labels must be int64 or int32 of shape \(2, 3\).*\(2, 4\)",
+        ),
+        ({"labels": torch.zeros(2, 3)}, "labels must be int64 or int32.*torch.float32"),
         ({"labels": torch.tensor([[0, 1, 2], [3, 9, 5]])}, r"labels\[1, 1\] must be in 0..8 or -100 .* got 9"),
         ({"labels": torch.tensor([[0, 1, -1], [3, 0, 5]])}, r"labels\[0, 2\] must be in 0..8 or -100 .* got -1"),
         ({"bias": torch.zeros(8)}, r"bias must be float of shape \(9,\) .* \(8,\)"),

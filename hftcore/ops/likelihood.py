@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hftcore.backend import backend_for
 from hftcore.checks import dense
@@ -29,7 +28,7 @@ def sequence_logprobs(
     """Sum of the log-likelihoods of each sample's labelled tokens, and their number.
 
     Only positions with a label are computed, and never more than a tile of their logits exists at a time. The sum is differentiable
-    in `hidden`, `head_weight` and `bias`; its backward computes the tiles again. Under `torch.no_grad()` nothing is kept.
+    in `hidden`, `head_weight` and `bias`, once; its backward computes the tiles again. Under `torch.no_grad()` nothing is kept.
 
     Args:
         hidden: [B, T, D] float32, bfloat16, float16 or float64: what the output head gets, after the final norm.
@@ -44,7 +43,7 @@ def sequence_logprobs(
         [B] sums in nats, float32 (float64 for float64 inputs), and [B] int64 counts. A sample without a label has sum 0 and count 0.
 
     Raises:
-        HftcoreError: shapes, dtypes or devices that do not fit, or a label outside the vocabulary.
+        HftcoreError: shapes, dtypes or devices that do not fit, or a label outside the vocabulary; in the backward, `create_graph=True`.
         NonFiniteError: the likelihood of a label is NaN or infinite. Hidden states without a label are not looked at.
 
     Source: the likelihoods of Antibody's weights (arXiv:2603.00498, eq. 7). The paper sums over tokens; its published code takes the
@@ -137,8 +136,12 @@ class _SequenceLogprobs(torch.autograd.Function):
         return every.sum(dim=1).to(accumulator(hidden.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_sums: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # autograd would take the gradients for constants
+            raise HftcoreError(
+                "likelihoods have no second derivatives; leave create_graph out, or make the logits and use cross_entropy"
+            )
         hidden, head, bias, samples, positions, target, lse = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
@@ -235,7 +238,7 @@ def _check(hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, so
         )
     if labels.shape != hidden.shape[:2] or labels.dtype not in (torch.int64, torch.int32):
         raise HftcoreError(
-            f"labels must be int64 of shape {tuple(hidden.shape[:2])} (hidden without its last axis), "
+            f"labels must be int64 or int32 of shape {tuple(hidden.shape[:2])} (hidden without its last axis), "
             f"got {labels.dtype} {tuple(labels.shape)}"
         )
     if bias is not None and (bias.shape != head.shape[:1] or not bias.is_floating_point()):

@@ -5,6 +5,9 @@
 // GCC honours a target for templates too; elsewhere the portable code serves
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HFTCORE_X86 1
+#if __GNUC__ >= 10
+#define HFTCORE_PAIRS 1  // older ones know no AVX512-BF16
+#endif
 // the compiler's own intrinsics of undefined lanes set these off
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -124,6 +127,7 @@ namespace avx512 {
 }  // namespace avx512
 #pragma GCC pop_options
 
+#ifdef HFTCORE_PAIRS
 // products of bfloat16 alone: what it adds serves nothing else
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512")
@@ -143,6 +147,7 @@ namespace avx512bf16 {
 #include "logits.h"
 }  // namespace avx512bf16
 #pragma GCC pop_options
+#endif
 
 #endif
 
@@ -159,7 +164,10 @@ int hftcore_best_simd() {
               __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("lzcnt");
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx2 ? avx512 ? __builtin_cpu_supports("avx512bf16") ? 3 : 2 : 1 : 0;
+#ifdef HFTCORE_PAIRS
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return 3;
+#endif
+  return avx2 ? avx512 ? 2 : 1 : 0;
 #else
   return 0;
 #endif
@@ -171,9 +179,11 @@ void hftcore_use_team(hftcore::Team team) { hftcore::team = team; }
 // 0, or 1 when memory could not be had (nothing was changed), or 2 for an unknown op
 int hftcore_run(int simd, int op, const hftcore::Job* job) {
   if (op < 0 || op > hftcore::LOGIT_GRADIENTS || simd < 0 || simd > hftcore_best_simd()) return 2;
-#ifdef HFTCORE_X86
+#ifdef HFTCORE_PAIRS
   if (simd == 3 && hftcore::is_product(op) && job->dtype == hftcore::BFLOAT16)
     return hftcore::avx512bf16::run_product<hftcore::BFloat16>(op, *job) ? 0 : 1;
+#endif
+#ifdef HFTCORE_X86
   if (simd >= 2) return hftcore::avx512::run(op, *job) ? 0 : 1;
   if (simd == 1) return hftcore::avx2::run(op, *job) ? 0 : 1;
 #endif

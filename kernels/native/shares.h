@@ -56,7 +56,7 @@ template <class T, int64_t R>
 INLINE float add_block_of(const Block& block) {
   Floats sum[R][2];
   for (int64_t r = 0; r < R; ++r)
-    for (int64_t v = 0; v < 2; ++v) sum[r][v] = block.earlier ? load(block.earlier + r * WIDE + v * LANES) : spread(0);
+    for (int64_t v = 0; v < 2; ++v) sum[r][v] = spread(0);
   const float *a = block.narrow, *b = block.wide;
   for (int64_t t = 0; t < block.n; ++t, a += R, b += WIDE) {
     auto x = Factors<T>::packed(b), y = Factors<T>::packed(b + LANES);
@@ -70,6 +70,8 @@ INLINE float add_block_of(const Block& block) {
   for (int64_t r = 0; r < R; ++r)
     for (int64_t v = 0; v < 2; ++v) {
       int64_t place = r * WIDE + v * LANES;
+      // added now, not the start of these sums: rounding then grows with the tokens of a step and the steps, not with all tokens
+      if (block.earlier) sum[r][v] = add(load(block.earlier + place), sum[r][v]);
       if (block.later) {
         store(block.later + place, sum[r][v]);
         continue;

@@ -131,7 +131,7 @@ def cross_entropy_job(shape: str, dtype: torch.dtype, device: torch.device) -> J
         of_hidden, of_head = torch.autograd.grad(loss(hidden, head, labels, weights), (hidden, head))
         return torch.cat((of_hidden[0].flatten(), of_head[:64].flatten())).float()
 
-    ways = {"logits + cross_entropy": partial(gradients, cross_entropy_of_logits)}
+    ways: dict[str, Callable[[], Tensor]] = {"logits + cross_entropy": partial(gradients, cross_entropy_of_logits)}
     return Job(
         ours=lambda: gradients(ops.weighted_cross_entropy),
         peers=ways if taken <= LIMIT else {},

@@ -96,6 +96,9 @@ def main(
     lora_alpha: Annotated[int, typer.Option(help="Of every adapter; the rest is the papers'.")] = 4,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train under autocast and evaluate in bfloat16.")] = False,
     limit: Annotated[int, typer.Option(help="Items of each part of the evaluation.")] = 60,
+    harmbench: Annotated[
+        bool, typer.Option("--harmbench", help="Ask as many HarmBench requests, too, which are less alike.")
+    ] = False,
     only_found: Annotated[bool, typer.Option("--only-found", help="Run nothing: write what is measured.")] = False,
 ) -> None:
     """Run the scoreboard's grid."""
@@ -118,6 +121,9 @@ def main(
     )
     suite = replace(load_suite("quick").limited(limit), benign=[], documents=[], drift=[])
     suite = replace(suite, tasks={"FA": suite.tasks["FA"]})
+    if harmbench:
+        other = load_suite("full").harmful["HS_harmbench"][:limit]
+        suite = replace(suite, harmful=suite.harmful | {"HS_harmbench": other})
     start = base or str(aligned_model(out) if aligned else embedded.prepare())
     board = Scoreboard(start, default_data(), suite, setting, out)
     names = list(dict.fromkeys(["SFT", *row])) if row else list(DEFENCES)
@@ -125,7 +131,7 @@ def main(
     options += f" --trained {trained}" if trained is not None else ""
     options += f" --size {size} --align-size {align_size} --learning-rate {learning_rate:g} --batch-size {batch_size}"
     options += f" --lora-alpha {lora_alpha}"
-    options += f"{' --bf16' if bf16 else ''} --limit {limit}"
+    options += f"{' --bf16' if bf16 else ''} --limit {limit}{' --harmbench' if harmbench else ''}"
     options += "".join(f" --row {shlex.quote(name)}" for name in row or [])
     options += f" --base {Path(base).name}" if base is not None else " --aligned" if aligned else ""
     options += " --only-found" if only_found else ""

@@ -132,16 +132,18 @@ def test_the_command_line_is_written_as_it_was_given(base, tmp_path, monkeypatch
     seen = []
     monkeypatch.setattr(command.embedded, "prepare", lambda: base)
     monkeypatch.setattr(command, "default_data", data)
-    monkeypatch.setattr(command, "load_suite", lambda name: replace(SUITE, benign=["w3"], documents=["w4"]))
+    suites = {"quick": SUITE, "full": replace(SUITE, harmful=SUITE.harmful | {"HS_harmbench": ["w6", "w7"]})}
+    monkeypatch.setattr(command, "load_suite", lambda name: replace(suites[name], benign=["w3"], documents=["w4"]))
     monkeypatch.setattr(command, "run_board", lambda *arguments: seen.append(arguments) or ["a sentence"])
     app = typer.Typer()
     app.command()(command.main)
     given = "--seeds 2 --poison 0,0.2 --strengths 1 --trained 0.2 --size 10 --align-size 4 --learning-rate 0.0005 "
-    given += "--batch-size 2 --lora-alpha 8 --bf16 --limit 1 --row Lisa"
+    given += "--batch-size 2 --lora-alpha 8 --bf16 --limit 1 --harmbench --row Lisa"
     result = CliRunner().invoke(app, [*given.split(), "--row", "adapter × 0.2", "--out", str(tmp_path)])
     assert result.output == "a sentence\n"
     board, names, docs, line, only_found = seen[0]
     assert line == f"python -m hftcore.bench.scoreboard {given} --row 'adapter × 0.2' --out DIR"
+    assert [part.recipe["part"] for part in board._parts] == ["HS", "HS_harmbench", "FA"]
     assert board.setting == Setting(
         (0.0, 0.2), (1,), (0, 1), (0.2,), 10, 4, learning_rate=5e-4, batch_size=2, lora_alpha=8, bf16=True
     )
@@ -256,6 +258,7 @@ def test_the_page_marks_null_hypotheses_and_leaves_gaps_for_what_was_not_run():
     )
     assert "| *random 0.1* (null) | HS 10 [0, 25], FA 80 [60, 95] | – |" in text
     assert "FA 80 [60, 95] (1 of 2 seeds) |" in text
+    assert "near-duplicates of those that alignment and attack use; no others were asked." in text
     assert "5 of 8 cells are measured" in text
     assert "7 harmful requests with refusals" in text
 
@@ -267,3 +270,17 @@ def test_runs_that_differ_widen_the_interval():
     assert apart.high - apart.low > 1.3 * (alike.high - alike.low)
     with pytest.raises(HftcoreError, match="the same items"):
         metrics.bootstrap_runs([[1.0], [1.0, 0.0]])
+
+
+def test_harmbench_stands_beside_hs_where_it_was_asked():
+    board = made(SFT=((2, 18), 16), Lisa=((2, 2), 16))
+    for cell, items in board.items():
+        items["HS_harmbench"] = [
+            float(i < (5 if cell.defence == "SFT" and cell.poison_ratio else 0)) for i in range(10)
+        ]
+    about = {"base": "m", "setting": asdict(Setting((0.0, 0.2), (1,), (0, 1), align_size=7))}
+    judged = {"replies": 2, "accuracy": 1.0, "files": []}
+    text = scoreboard_report.page(board, list(board), "cmd", about, judged)
+    assert "HS 90 [75, 100], HB 50 [" in text
+    assert "HB: the share served of 10 requests of HarmBench" in text
+    assert any("HB below SFT's at p 0.2 × 1 (-50)" in line for line in scoreboard_report.read(board))

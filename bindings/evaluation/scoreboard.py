@@ -61,6 +61,7 @@ DEFENCES: dict[str, Defence] = {
     # its own cycle, 100 steps and 900, would end before a short fine-tuning has seen any of the user's data
     "Lisa": Defence(tune="lisa", settings={"tune": {"align_steps": 1, "user_steps": 9}}),
     "LDIFS": Defence(tune="ldifs"),
+    "LDIFS as published": Defence(tune="ldifs", settings={"tune": {"drop_above": 0.1}}),
     "Panacea": Defence(tune="panacea"),
     "Antidote 0.1": Defence(post="antidote", dose=0.1),
     "benign energies 0.1": Defence(post="antidote", dose=0.1, on_benign=True, is_null=True),

@@ -38,7 +38,7 @@ def token_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As that of `likelihood.py`."""
     to_rows, to_head, to_bias = wanted
-    d_rows = torch.zeros(rows.shape) if to_rows else None
+    d_rows = rows.new_zeros(rows.shape, dtype=torch.float32) if to_rows else None
     d_head = torch.empty_like(head) if to_head else None
     d_bias = torch.empty_like(bias) if to_bias and bias is not None else None
     # where there are units for pairs of bfloat16, the gradient of a logit is rounded to it, as autograd does

@@ -175,6 +175,25 @@ def test_rounding_of_native_sums_hardly_grows_with_the_tokens(dtype, simd):
 
 
 @needs_native
+def test_native_results_are_float32_whatever_the_default_dtype():
+    """Code that loads a model in bfloat16 may have made that the default; float64 shows it, and overruns no buffer."""
+    (x, g), norm = pair(2, 7, 6, 8), torch.ones(6)
+
+    def results():
+        norms = native.ghost(x, g), *native.direct_with_gradient(x, g), native.lower_gram(x)
+        return *norms, native.column_energy(x[0], None), native.block_scores(x[0], norm, None, 7, 2)
+
+    found = results()
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = (*results(), native.column_energy(x[0, :0], None), native.direct_with_gradient(x[:0], g[:0])[1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(tensor.dtype == torch.float32 for tensor in again)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=False))
+
+
+@needs_native
 def test_native_direct_form_of_nothing_and_nan(simd):
     for B, T, M, N in [(0, 3, 2, 2), (2, 0, 3, 2), (2, 3, 0, 4)]:
         squares, gradient = native.direct_with_gradient(torch.ones(B, T, N), torch.ones(B, T, M))

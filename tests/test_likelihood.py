@@ -406,6 +406,20 @@ def test_labels_may_be_int32_and_the_bias_of_any_float_dtype(backend):
             assert gradient.any()
 
 
+def test_the_default_dtype_is_no_part_of_it():
+    hidden, head, labels, _ = inputs(dtype=torch.float32)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        free = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        torch.set_default_dtype(dtype)
+        try:
+            loss = weighted_cross_entropy(*free, labels, torch.ones(3, dtype=torch.float32))
+            found.append((loss, *torch.autograd.grad(loss, free)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_weights_are_constants():
     hidden, head, labels, _ = inputs()
     weights = torch.ones(3, dtype=torch.float64, requires_grad=True)

@@ -202,12 +202,12 @@ def _changed(weight: Tensor) -> None:
 def column_energy(x: Tensor, keep: Tensor | None) -> Tensor:
     tokens, columns = x.shape
     if x.numel() == 0:
-        return torch.zeros(columns)
+        return x.new_zeros(columns, dtype=torch.float32)
     job = _matrix(x)
     # slabs of tokens depend on the shape alone, so that the sums do too
     job.a = max(1024, -(-tokens // 64))
     job.b = -(-columns // 1024)
-    total = torch.empty(-(-tokens // job.a), columns, dtype=torch.float64)
+    total = x.new_empty(-(-tokens // job.a), columns, dtype=torch.float64)
     job.values = total.data_ptr()
     if keep is not None:
         keep = keep.contiguous()
@@ -262,7 +262,7 @@ def prune_groups(
 
 
 def score_histogram(weight: Tensor, norm: Tensor, reference: Tensor | None, low: int, shift: int, bins: int) -> Tensor:
-    counts = torch.zeros(bins + 3, dtype=torch.int64)
+    counts = weight.new_zeros(bins + 3, dtype=torch.int64)
     job = _scores(weight, norm, reference)
     job.a, job.b, job.c = low, shift, bins
     job.values = counts.data_ptr()
@@ -272,7 +272,7 @@ def score_histogram(weight: Tensor, norm: Tensor, reference: Tensor | None, low:
 
 
 def sampled_keys(weight: Tensor, norm: Tensor, reference: Tensor | None, first: int, step: int) -> Tensor:
-    key = torch.empty(max(0, -(-(weight.numel() - first) // step)), dtype=torch.int32)
+    key = weight.new_empty(max(0, -(-(weight.numel() - first) // step)), dtype=torch.int32)
     job = _scores(weight, norm, reference)
     job.a, job.b, job.c = first, step, len(key)
     job.values = key.data_ptr()
@@ -285,7 +285,7 @@ def keys_between(
     weight: Tensor, norm: Tensor, reference: Tensor | None, low: int, high: int, out: Tensor
 ) -> tuple[int, int, Tensor, Tensor]:
     rows = weight.shape[0]
-    found = torch.zeros(2 * rows + 3, dtype=torch.int64)
+    found = weight.new_zeros(2 * rows + 3, dtype=torch.int64)
     job = _scores(weight, norm, reference)
     job.a, job.b, job.c = low, high, len(out)
     job.rowwise, job.values = found.data_ptr(), out.data_ptr()
@@ -296,7 +296,7 @@ def keys_between(
 
 
 def tie_counts(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int) -> Tensor:
-    counts = torch.zeros(weight.shape[0], dtype=torch.int64)
+    counts = weight.new_zeros(weight.shape[0], dtype=torch.int64)
     job = _scores(weight, norm, reference)
     job.a = key
     job.rowwise = counts.data_ptr()
@@ -326,7 +326,7 @@ def cut(
 
 
 def block_scores(weight: Tensor, norm: Tensor, reference: Tensor | None, bm: int, bn: int) -> Tensor:
-    total = torch.empty(weight.shape[0] // bm, weight.shape[1] // bn)
+    total = weight.new_empty(weight.shape[0] // bm, weight.shape[1] // bn, dtype=torch.float32)
     job = _scores(weight, norm, reference)
     job.a, job.b = bm, bn
     job.values = total.data_ptr()
@@ -337,7 +337,7 @@ def block_scores(weight: Tensor, norm: Tensor, reference: Tensor | None, bm: int
 
 def _offsets(job: _Job, mask: Tensor) -> tuple[Tensor, int]:
     """Where each row's entries begin among all marked ones, and how many there are."""
-    ends = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
+    ends = mask.new_zeros(mask.shape[0] + 1, dtype=torch.int64)
     job.mask, job.rowwise = mask.data_ptr(), ends[1:].data_ptr()
     _call("mask_counts", job)
     ends = ends.cumsum(0)
@@ -349,7 +349,7 @@ def masked_take(weight: Tensor, mask: Tensor) -> Tensor:
         return weight.new_empty(0)
     job = _matrix(weight)
     offsets, total = _offsets(job, mask)
-    values = torch.empty(total, dtype=weight.dtype)
+    values = weight.new_empty(total)
     job.rowwise, job.values = offsets.data_ptr(), values.data_ptr()
     _call("masked_take", job)
     return values
@@ -397,7 +397,7 @@ def multiplies(*factors: Tensor) -> bool:
 def lower_gram(x: Tensor) -> Tensor:
     """As that of `kernels/gradients.py`, but not of float64."""
     B, T, _ = x.shape
-    gram = torch.zeros(B, T, T)
+    gram = x.new_zeros(B, T, T, dtype=torch.float32)
     _call_grams("lower_gram", x, None, None, gram)
     return gram
 
@@ -406,7 +406,7 @@ def ghost(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
     """As that of `kernels/gradients.py`, but not of float64; the same bits whatever the thread count."""
     B, T, _ = x.shape
     tiles = -(-T // TILE)
-    squares = torch.zeros(B, tiles * (tiles + 1) // 2, dtype=torch.float64)
+    squares = x.new_zeros(B, tiles * (tiles + 1) // 2, dtype=torch.float64)
     _call_grams("ghost_norms", x, g, None if gram is None else gram.float().contiguous(), squares)
     return squares.sum(dim=1).clamp_(min=0).float()
 
@@ -419,12 +419,12 @@ def direct(x: Tensor, g: Tensor) -> Tensor:
 def direct_with_gradient(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """As that of `kernels/gradients.py`, but not of float64; the same bits whatever the thread count."""
     shape = g.shape[2], x.shape[2]
-    gradient = torch.empty(shape) if x.numel() and g.numel() else torch.zeros(shape)
+    gradient = (x.new_empty if x.numel() and g.numel() else x.new_zeros)(shape, dtype=torch.float32)
     return _shares(x, g, gradient), gradient
 
 
 def _shares(x: Tensor, g: Tensor, gradient: Tensor | None) -> Tensor:
-    squares = torch.zeros(x.shape[0], dtype=torch.float64)
+    squares = x.new_zeros(x.shape[0], dtype=torch.float64)
     if x.numel() and g.numel():
         x, g = _factors(x, g)
         job = _tokens(x, g)
@@ -465,7 +465,7 @@ def softmax_parts(rows: Tensor, head: Tensor, target: Tensor, bias: Tensor | Non
     """Of each band of the head's rows the greatest logit of each token and the sum of exponentials relative to it, [bands, S] float32
     each, and the logits of the targets, [S]; the same bits whatever the thread count."""
     count, bands = len(rows), -(-len(head) // BAND)
-    found = torch.empty(2 * bands + 1, count)
+    found = rows.new_empty(2 * bands + 1, count, dtype=torch.float32)
     _call_logits("logprobs", rows, head, target, bias, found)
     parts = found[:-1].view(bands, 2, count)
     return parts[:, 0], parts[:, 1], found[-1]
@@ -475,7 +475,7 @@ def logit_gradients(
     rows: Tensor, head: Tensor, target: Tensor, bias: Tensor | None, lse: Tensor, coefficient: Tensor
 ) -> Tensor:
     """coefficient[s] * ([target[s] is v] - exp(logit[s, v] - lse[s])), [V, S] float32; targets outside 0..V-1 are nobody's."""
-    found = torch.empty(len(head), len(rows))
+    found = rows.new_empty(len(head), len(rows), dtype=torch.float32)
     _call_logits("logit_gradients", rows, head, target, bias, found, torch.stack((lse.float(), coefficient.float())))
     return found
 

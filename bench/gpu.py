@@ -19,6 +19,8 @@ from hftcore.bench.cases import CASES
 from hftcore.bench.job import FLOATS
 from hftcore.bench.measure import Effort, chosen, run, sweep
 from hftcore.bench.models import LARGE
+from hftcore.bench.scoreboard import run_until
+from hftcore.bindings import embedded
 from hftcore.errors import HftcoreError
 
 MINUTES = 8.5
@@ -107,6 +109,8 @@ def session(out: Path | None, rehearse: bool, tune: bool, say: Say, minutes: flo
                 say(f"{name}: left out, the time is up")
                 continue
             complete &= _tolerated(name, partial(_swept, name, device, effort, keep), say)
+    if not rehearse:
+        complete &= _scoreboard(out.with_suffix(".scoreboard"), deadline, say)
     say(f"{time.monotonic() - begin:.0f} s in all")
     return out, passed and complete
 
@@ -118,6 +122,16 @@ def _tuned(device: torch.device, effort: Effort, deadline: float, say: Say) -> N
 
 def _swept(name: str, device: torch.device, effort: Effort, keep: Callable[[list[results.Measurement]], None]) -> None:
     keep(sweep(name, torch.bfloat16, device, effort))
+
+
+def _scoreboard(folder: Path, deadline: float, say: Say) -> bool:
+    """As much of the scoreboard as the time that is left allows."""
+    missing = [f"{name} is not installed" for name in ("peft", "matplotlib") if importlib.util.find_spec(name) is None]
+    missing += [] if embedded.is_available() else ["the embedded model is not here"]
+    if missing or time.monotonic() > deadline:
+        say(f"scoreboard: left out, {missing[0] if missing else 'the time is up'}")
+        return True
+    return _tolerated("scoreboard", lambda: say(f"scoreboard: {run_until(deadline, folder)} cells"), say)
 
 
 def _tolerated(name: str, part: Callable[[], None], say: Say) -> bool:

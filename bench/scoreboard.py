@@ -5,8 +5,8 @@ are used by index and shown nowhere.
 """
 
 import shlex
+import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +18,7 @@ from hftcore.bindings.demo.run import ADAPTERS
 from hftcore.bindings.evaluation import judge
 from hftcore.bindings.evaluation.scoreboard import DEFENCES, Data, Scoreboard, Setting, cells_of
 from hftcore.bindings.evaluation.scoreboard_report import Board, draw, page, read
-from hftcore.bindings.evaluation.suites import load_suite
+from hftcore.bindings.evaluation.suites import Suite, load_suite
 from hftcore.bindings.models_io import load_model, merged, save_model
 from hftcore.bindings.progress import Track
 from hftcore.errors import HftcoreError
@@ -45,6 +45,31 @@ def aligned_model(out: Path) -> Path:
         model, tokenizer = load_model(ADAPTERS / "aligned", dtype="float32", base=str(embedded.prepare()))
         save_model(merged(model), tokenizer, target)
     return target
+
+
+def suite_of(limit: int, harmbench: bool) -> Suite:
+    """What the board asks: requests and film reviews, `limit` of each."""
+    quick = load_suite("quick").limited(limit)
+    other = {"HS_harmbench": load_suite("full").harmful["HS_harmbench"][:limit]} if harmbench else {}
+    return Suite(quick.harmful | other, tasks={"FA": quick.tasks["FA"]}, max_new_tokens=quick.max_new_tokens)
+
+
+def run_until(deadline: float, out: Path) -> int:
+    """Cells of the whole grid, in its order, until `time.monotonic()` passes `deadline`; then the page `out/scoreboard.md`.
+
+    Returns:
+        How many cells are measured, those of earlier runs among them.
+
+    Raises:
+        HftcoreError: data or the embedded model is not here, or no cell was reached.
+    """
+    board = Scoreboard(str(aligned_model(out)), default_data(), suite_of(60, harmbench=True), Setting(bf16=True), out)
+    for cell in cells_of(board.setting, list(DEFENCES)):
+        if time.monotonic() > deadline:
+            break
+        board.run(cell)
+    run_board(board, list(DEFENCES), out / "scoreboard.md", "hftcore-bench gpu", only_found=True)
+    return sum(board.found(cell) is not None for cell in cells_of(board.setting, list(DEFENCES)))
 
 
 def run_board(
@@ -119,13 +144,8 @@ def main(
         lora_alpha=lora_alpha,
         bf16=bf16,
     )
-    suite = replace(load_suite("quick").limited(limit), benign=[], documents=[], drift=[])
-    suite = replace(suite, tasks={"FA": suite.tasks["FA"]})
-    if harmbench:
-        other = load_suite("full").harmful["HS_harmbench"][:limit]
-        suite = replace(suite, harmful=suite.harmful | {"HS_harmbench": other})
     start = base or str(aligned_model(out) if aligned else embedded.prepare())
-    board = Scoreboard(start, default_data(), suite, setting, out)
+    board = Scoreboard(start, default_data(), suite_of(limit, harmbench), setting, out)
     names = list(dict.fromkeys(["SFT", *row])) if row else list(DEFENCES)
     options = f"--seeds {seeds} --poison {poison} --strengths {strengths}"
     options += f" --trained {trained}" if trained is not None else ""

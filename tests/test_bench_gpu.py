@@ -51,6 +51,23 @@ def test_nothing_is_started_when_the_time_is_up(tmp_path, monkeypatch):
     assert sum("left out, the time is up" in line for line in said) > len(CASES) - len(gpu.REPEATED)
 
 
+def test_the_scoreboard_takes_what_time_is_left_and_says_why_it_does_not(tmp_path, monkeypatch):
+    said, asked = [], []
+    monkeypatch.setattr(gpu, "run_until", lambda deadline, folder: asked.append(folder) or 3)
+    monkeypatch.setattr(gpu.embedded, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object())
+    assert gpu._scoreboard(tmp_path, time.monotonic() + 9, said.append)
+    assert gpu._scoreboard(tmp_path, time.monotonic() - 9, said.append)
+    monkeypatch.setattr(gpu.embedded, "is_available", lambda: False)
+    assert gpu._scoreboard(tmp_path, time.monotonic() + 9, said.append)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "peft" else object())
+    assert gpu._scoreboard(tmp_path, time.monotonic() + 9, said.append)
+    reasons = ["the time is up", "the embedded model is not here", "peft is not installed"]
+    left_out = [f"scoreboard: left out, {reason}" for reason in reasons]
+    assert said == ["scoreboard: 3 cells", "scoreboard: done", *left_out]
+    assert asked == [tmp_path]
+
+
 def test_what_was_measured_before_a_kill_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(gpu, "_tests", lambda rehearse, say: True)

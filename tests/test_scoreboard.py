@@ -111,6 +111,23 @@ def test_only_what_is_found_is_written_and_nothing_is_run(base, tmp_path, monkey
     assert "| Lisa | – |" in text
 
 
+def test_a_board_with_a_deadline_ends_there_and_writes_its_page(base, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(command, "aligned_model", lambda out: base)
+    monkeypatch.setattr(command, "default_data", data)
+    monkeypatch.setattr(command, "suite_of", lambda limit, harmbench: SUITE)
+    monkeypatch.setattr(command, "Setting", lambda bf16: SETTING)
+    monkeypatch.setattr(command.datasets, "load", lambda name: [LabelledReply("a", "b", False)] * 2)
+    times = iter((0, 0, 2))
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(command, "DEFENCES", {name: DEFENCES[name] for name in ("SFT", "Antidote 0.1", "Lisa")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "Track", lambda cells, _: cells)
+        assert command.run_until(1, tmp_path) == 2
+    assert "2 of 3 cells are measured" in (tmp_path / "scoreboard.md").read_text()
+
+
 def test_a_smaller_alignment_and_bfloat16_reach_the_training(base, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     setting = replace(SETTING, align_size=2, lora_alpha=64, bf16=True)

@@ -46,17 +46,22 @@ _FULL = {
     "booster": Defence("Booster", "booster", most=3.1),
     "vaccine": Defence("Vaccine", "vaccine", most=2.1),
     "lisa": Defence("Lisa in the middle of a turn", "lisa", most=1.05),
-    "ldifs": Defence("LDIFS", "ldifs", most=1.4),
+    "ldifs": Defence("LDIFS", "ldifs"),
+    "ldifs, cached": Defence(
+        "LDIFS with the features of samples that come again", "ldifs", {"cache_gb": 1.0}, most=1.4
+    ),
     "repnoise": Defence("RepNoise", "repnoise"),
     "repnoise, no lens": Defence("RepNoise without the losses read off hidden states", "repnoise", {"lens": False}),
     "antibody-align": Defence("Antibody's alignment", "antibody-align", most=4.2),
     "antibody": Defence("Antibody's fine-tuning, refusals of a tenth of the sequence", "antibody", most=1.15),
     "antibody, attenuated": Defence("Antibody's fine-tuning, attenuated by norm", "antibody", {"attenuation": "norm"}),
 }
+# the same costs on LoRA factors, or nearly
+_ONCE = ("panacea lam=0", "panacea lam=0, the end", "repnoise, no lens", "antibody, attenuated")
 DEFENCES = _FULL | {
     f"LoRA {name}": replace(defence, about=f"{defence.about}, LoRA factors", lora=True)
     for name, defence in _FULL.items()
-    if not defence.options and not defence.ending
+    if name not in _ONCE
 }
 
 

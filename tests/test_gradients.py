@@ -304,6 +304,19 @@ def test_tied_cross_is_the_inner_product_of_the_two_gradients():
     torch.testing.assert_close(got, (head * looked_up).sum(dim=(1, 2)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("T", [4, 90])
+def test_activations_still_in_a_graph_give_norms_that_are_not(T):
+    x, g = pair(2, T, 50, 40)
+    want, ids = grad_norms_sq(x, g), torch.zeros(2, T, dtype=torch.int64)
+    for backend in ("native", "torch") if native.available() else ("torch",):
+        free = x.clone().requires_grad_(), g.clone().requires_grad_()
+        with use_backend(backend):
+            for found in (grad_norms_sq(*free), grad_norms_sq(*free, input_gram(free[0]))):
+                assert not found.requires_grad
+                torch.testing.assert_close(found, want)
+            assert not embedding_grad_norms_sq(ids, free[1]).requires_grad
+
+
 def test_no_samples_or_no_tokens():
     assert grad_norms_sq(torch.ones(0, 3, 2), torch.ones(0, 3, 2)).shape == (0,)
     assert grad_norms_sq(torch.ones(2, 0, 2), torch.ones(2, 0, 3)).tolist() == [0.0, 0.0]

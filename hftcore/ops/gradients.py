@@ -15,6 +15,7 @@ from hftcore.kernels import gradients
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@torch.no_grad()
 def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
     """Squared Frobenius norm of each sample's gradient g^T x of a weight that multiplies x.
 
@@ -28,6 +29,7 @@ def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
 
     Returns:
         [B] float32 on the device of `x`: squares, not roots; of gradients, not of a mean over the batch. NaN where an input is NaN.
+        Autograd sees constants, whatever the inputs.
 
     Raises:
         HftcoreError: shapes, dtypes or devices do not fit.
@@ -57,8 +59,9 @@ def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
     return _kernels(x, g).grad_norms_sq(x, g)
 
 
+@torch.no_grad()
 def input_gram(x: Tensor) -> Tensor:
-    """x x^T of each sample, for `grad_norms_sq(..., gram=)` of several layers that share x: [B, T, T] float32.
+    """x x^T of each sample, for `grad_norms_sq(..., gram=)` of several layers that share x: [B, T, T] float32 (float64 for float64).
 
     >>> input_gram(torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]))
     tensor([[[25.,  3.],
@@ -68,6 +71,7 @@ def input_gram(x: Tensor) -> Tensor:
     return gradients.input_gram(x)
 
 
+@torch.no_grad()
 def embedding_grad_norms_sq(ids: Tensor, g: Tensor, padding_idx: int | None = None) -> Tensor:
     """Squared norm of each sample's gradient of an embedding matrix; a repeated token's gradients are summed before squaring.
 

@@ -408,6 +408,13 @@ def test_verify_finds_a_changed_bit_anywhere(written, file, place, message):
     assert not any("\n" in problem for problem in problems)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "notes.txt"])
+def test_verify_tells_of_weights_that_came_later_and_not_of_other_files(written, name):
+    (written / name).write_bytes(b"8")
+    found = [f"{name} is not of this checkpoint; what loads the folder might take it"]
+    assert verify_folder(written)["problems"] == ([] if name == "notes.txt" else found)
+
+
 def test_verify_tells_what_is_missing_cut_off_or_not_finished(written):
     (written / "generation_config.json").unlink()
     with (written / "part-0.safetensors").open("ab") as file:

@@ -1,6 +1,7 @@
 """Is a folder that was written still what it was, and does its Edit lead back?"""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from hftcore.edit import Edit
 from hftcore.errors import HftcoreError
 from hftcore.ops.fingerprints import fingerprint_sum, fingerprint_text
 
+WEIGHTS = re.compile(r".*\.safetensors|.*\.index\.json|(pytorch|adapter)_model.*\.bin")
+
 
 def verify_folder(folder: str | Path) -> dict[str, Any]:
     """Read every byte of a folder, compare it with its manifest, and undo its Edit block by block in memory.
 
     Returns:
         {"files": how many, "tensors": how many, "bytes": how many, "problems": [one line each]}; no problems means that the folder
-        is whole and as it was written. Files the manifest does not know are left alone.
+        is whole and as it was written. Files the manifest does not know are left alone, but for weights: what loads the folder might
+        take those instead.
 
     Raises:
         HftcoreError: no such folder, an unfinished one, or no readable manifest.
@@ -37,6 +41,10 @@ def verify_folder(folder: str | Path) -> dict[str, Any]:
     problems: list[str] = []
     for name, wanted in Track(files.items(), "verify"):
         problems += _changes(target / name, name, wanted)
+    names = (file.name for file in sorted(target.iterdir()) if WEIGHTS.fullmatch(file.name))
+    problems += [
+        f"{name} is not of this checkpoint; what loads the folder might take it" for name in names if name not in files
+    ]
     if manifest["edit"] and not problems:
         problems = _wrong_turns(target, target / manifest["edit"])
     return {

@@ -273,4 +273,4 @@ def _thin(shape: tuple[int, ...]) -> list[int]:
 
 def _zeros(layer: Layer) -> Tensor:
     weight = layer.weight
-    return torch.zeros((*weight.shape[:-2], weight.shape[-1]), device=weight.device)
+    return torch.zeros((*weight.shape[:-2], weight.shape[-1]), dtype=torch.float32, device=weight.device)

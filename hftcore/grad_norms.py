@@ -154,7 +154,7 @@ class GradNorms:
             raise HftcoreError("no backward pass ran in the capture_grad_norms block; call loss.backward() inside it")
         device = next(iter(squares.values())).device
         scale = self._loss.scale(device).square()
-        none = torch.zeros(self._loss.samples, device=device)
+        none = torch.zeros(self._loss.samples, dtype=torch.float32, device=device)
         return {name: (squares.get(name, none).to(device).double() * scale).float() for name in self._layers}
 
 

@@ -161,7 +161,7 @@ class _Job:
         self.model, self.edit, self.pattern, self.others = model, edit, pattern, others
         self.score, self.seed, self.minus = score, seed, minus
         self.idle: list[str] = []
-        self.scratch = torch.empty(0)
+        self.scratch = torch.empty(0, dtype=torch.float32)
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
@@ -218,7 +218,7 @@ class _Job:
         if self.others is not None:
             reference = matrices(self.others[layer.tensor], layer.transposed)[index].to(weight.device)
         if score != "wanda":
-            measured = torch.ones(weight.shape[1], device=weight.device)
+            measured = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
         else:
             measured = energy[layer.name][index] if layer.is_fused else energy[layer.name]
             measured = measured.to(weight.device)
@@ -234,7 +234,7 @@ class _Job:
         size = like.numel()
         if self.scratch.numel() < size:
             # one buffer for all: its pieces between what the edit keeps would leave holes in the heap
-            self.scratch = torch.empty(size)
+            self.scratch = torch.empty(size, dtype=torch.float32)
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little"))
         return torch.rand(like.shape, generator=generator, out=self.scratch[:size].view(like.shape)).to(like.device)
 

@@ -106,6 +106,24 @@ def test_magnitude_ignores_the_energy_and_random_ignores_the_weights():
     assert not torch.equal(masks[0], masks[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("score", ["wanda", "magnitude", "random"])
+def test_the_default_dtype_of_the_process_changes_no_bit(score, dtype):
+    def pruned():
+        model = copy.deepcopy(made)
+        hftcore.prune(model, hftcore.calibrate(model, [batch((7, 4))]), "50%", score=score)
+        return model.state_dict()
+
+    made = tiny_model("llama")
+    expected = pruned()
+    torch.set_default_dtype(dtype)
+    try:
+        found = pruned()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_set_difference_spares_what_benign_data_also_selects():
     model = Net()
     harmful, benign = measured(model), Energy({"first": torch.arange(8.0), "second": torch.arange(6.0)})

@@ -151,11 +151,18 @@ def _calls(dtype: torch.dtype, widths: Sequence[int]) -> Iterator[tuple[str, Cal
     yield "grad_norms_sq ghost", partial(_on_gpu, triton_gradients.ghost, *shapes, dtype=dtype)
     yield "grad_norms_sq direct", partial(_on_gpu, triton_gradients.direct, *shapes, dtype=dtype)
     yield "sequence_logprobs", partial(_on_gpu, _logprobs, (512, 4096), (32768, 4096), dtype=dtype)
+    yield "weighted_cross_entropy", partial(_on_gpu, _logit_gradients, (512, 4096), (32768, 4096), dtype=dtype)
 
 
 def _logprobs(rows: Tensor, head: Tensor) -> None:
     target = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
     triton_likelihood.token_logprobs(rows, head, target, None, None)
+
+
+def _logit_gradients(rows: Tensor, head: Tensor) -> None:
+    target = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
+    lse, out = rows.new_empty(len(rows), dtype=torch.float32), rows.new_empty(len(rows), len(head))
+    triton_likelihood.logit_gradients(rows, head, target, None, None, lse, lse, out)
 
 
 def _half(widths: Sequence[int]) -> Iterator[tuple[str, Callable[[], object]]]:

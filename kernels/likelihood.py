@@ -10,7 +10,7 @@ Contract: `rows` [S, D] and `head` [V, D] of one dtype (float32, bfloat16, float
 `bias` [V] any float dtype or None, `soft_cap` positive or None; all on one device. NaN and infinity come out as such.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -78,6 +78,19 @@ class _Tiles:
             tile.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         return tile
 
+    def gradients(
+        self, block: slice, head: Tensor, bias: Tensor | None, target: Tensor, lse: Tensor, coefficient: Tensor
+    ) -> Tensor:
+        """Of those logits, [block, columns] in the dtype of factors; `target` counts from the first of the columns."""
+        tile = self.logits(block, head, bias)
+        slope = None if self.soft_cap is None else (tile / self.soft_cap).square_().neg_().add_(1)
+        column, here = _place(target, 0, tile.shape[1])
+        # d logprob / d y = [v is the target] - exp(y - lse)
+        _exponentials(tile, lse[:, None]).neg_().scatter_add_(1, column, here.to(tile.dtype)).mul_(coefficient[:, None])
+        if slope is not None:
+            tile *= slope
+        return tile.to(self.factor)
+
 
 def scratch(rows: Tensor, head: Tensor) -> int:
     """Elements of the logits that may exist at a time."""
@@ -131,16 +144,18 @@ def token_gradients(
     lse: Tensor,
     coefficient: Tensor,
     wanted: tuple[bool, bool, bool],
+    logit_gradients: Callable[..., None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of Σ_s coefficient[s] · logprob[s] to rows, head and bias; None where not wanted.
 
     `lse` [S] is what `token_logprobs` returned; the logits are computed again, tile by tile. Sums over tokens and over the vocabulary
     are float32 or better and rounded once to the dtype of what they belong to. The gradient of a logit is rounded to the inputs'
-    dtype before it is multiplied where the machine has units for that dtype, as autograd does.
+    dtype before it is multiplied where the machine has units for that dtype, as autograd does. `logit_gradients(rows, head, target, bias,
+    soft_cap, lse, coefficient, out)` makes those of some tokens and some rows of the head in place of plain PyTorch.
     """
     tiles = _Tiles(rows, head, bias, soft_cap)
     to_rows, to_head, to_bias = wanted
-    lse, coefficient = lse.to(tiles.dtype)[:, None], coefficient.to(tiles.dtype)[:, None]
+    lse, coefficient = lse.to(tiles.dtype), coefficient.to(tiles.dtype)
     d_rows = torch.zeros(rows.shape, dtype=tiles.dtype, device=rows.device) if to_rows else None
     d_head = torch.zeros_like(head) if to_head else None
     d_bias = torch.zeros_like(bias) if to_bias and bias is not None else None
@@ -150,22 +165,19 @@ def token_gradients(
             head_sum = torch.zeros(head_band.shape, dtype=tiles.dtype, device=rows.device) if to_head else None
             bias_sum = torch.zeros(head_band.shape[0], dtype=tiles.dtype, device=rows.device) if to_bias else None
             for block in tiles.blocks():
-                tile = tiles.logits(block, head_band, bias_band)
-                slope = None if soft_cap is None else (tile / soft_cap).square_().neg_().add_(1)
-                column, here = _place(target[block], start, tile.shape[1])
-                # d logprob / d y = [v is the target] - exp(y - lse)
-                _exponentials(tile, lse[block]).neg_().scatter_add_(1, column, here.to(tile.dtype)).mul_(
-                    coefficient[block]
-                )
-                if slope is not None:
-                    tile *= slope
-                factor = tile.to(tiles.factor)
+                of_tokens = lse[block], coefficient[block]
+                if logit_gradients is None:
+                    factor = tiles.gradients(block, head_band, bias_band, target[block] - start, *of_tokens)
+                else:
+                    some = tiles.rows[block]
+                    factor = some.new_empty(some.shape[0], head_band.shape[0])
+                    logit_gradients(some, head_band, target[block] - start, bias_band, soft_cap, *of_tokens, factor)
                 if d_rows is not None:
                     add_product(d_rows[block], factor, head_band)
                 if head_sum is not None:
                     add_product(head_sum, factor.T, tiles.rows[block])
                 if bias_sum is not None:
-                    bias_sum += tile.sum(dim=0)
+                    bias_sum += factor.sum(dim=0, dtype=tiles.dtype)
             if d_head is not None and head_sum is not None:
                 d_head[part] = head_sum
             if d_bias is not None and bias_sum is not None:

@@ -18,7 +18,9 @@ def serves(rows: Tensor, head: Tensor, soft_cap: float | None) -> bool:
     return soft_cap is None and head.stride(1) == 1 and native.multiplies(rows, head)
 
 
-def token_logprobs(rows: Tensor, head: Tensor, target: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    rows: Tensor, head: Tensor, target: Tensor, bias: Tensor | None, soft_cap: None = None
+) -> tuple[Tensor, Tensor]:
     """As that of `likelihood.py`; the same bits whatever the thread count."""
     greatest, total, chosen = native.softmax_parts(rows, head, target, bias)
     peak = greatest.amax(dim=0)
@@ -32,6 +34,7 @@ def token_gradients(
     head: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    soft_cap: None,
     lse: Tensor,
     coefficient: Tensor,
     wanted: tuple[bool, bool, bool],

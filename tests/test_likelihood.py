@@ -308,7 +308,7 @@ def test_native_gradients_match_those_of_the_reference(shape, dtype, simd, monke
     (coefficient * likelihood.reference_logprobs(*free[:2], labels[0], free[2], None)).sum().backward()
     monkeypatch.setattr(native_likelihood, "scratch", lambda *_: 200 * S)  # several products
     _, lse = native_likelihood.token_logprobs(hidden[0], head, labels[0], bias)
-    given = hidden[0], head, labels[0], bias, lse, coefficient
+    given = hidden[0], head, labels[0], bias, None, lse, coefficient
     found = native_likelihood.token_gradients(*given, (True, True, True))
     # as above; float16 is stored with 10 bits
     close = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
@@ -561,6 +561,27 @@ def test_the_fused_kernel_gives_the_reference(small_stripes, dtype, S, V, D):
         torch.testing.assert_close(logprobs.cpu(), expected, rtol=0, atol=TOLERANCE)
         logits = likelihood.reference_logits(rows[0], head, added, soft_cap)
         torch.testing.assert_close(lse.cpu(), logits.logsumexp(1), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize(("S", "V", "D"), [(19, 75, 20), (1, 1, 1), (16, 97, 33)])
+def test_the_fused_backward_gives_the_gradients_of_the_reference(small_stripes, monkeypatch, dtype, soft_cap, S, V, D):
+    monkeypatch.setattr(likelihood, "TOKENS", 7)
+    monkeypatch.setattr(
+        likelihood, "scratch", lambda *_: 7 * (30 + D)
+    )  # several bands and blocks, the last of each short
+    hidden, head, labels, bias = inputs(1, S, D, V, dtype, labelled=1.0)
+    coefficient = torch.linspace(-1, 2, S)
+    free = [tensor.double().requires_grad_() for tensor in (hidden[0], head, bias)]
+    (coefficient * likelihood.reference_logprobs(*free[:2], labels[0], free[2], soft_cap)).sum().backward()
+    moved = [tensor.to(DEVICE) for tensor in (hidden[0], head.T.contiguous().T, labels[0], bias)]
+    _, lse = small_stripes.token_logprobs(*moved, soft_cap)
+    found = small_stripes.token_gradients(*moved, soft_cap, lse, coefficient.to(DEVICE), (True, True, True))
+    for got, want in zip(found, free, strict=True):
+        assert got.dtype == dtype
+        close = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-7}[dtype]
+        assert (got.cpu().double() - want.grad).abs().max() <= close * want.grad.abs().max() + 1e-7
 
 
 def test_the_fused_kernel_takes_a_transposed_head_and_masked_stripes(small_stripes):

@@ -125,7 +125,7 @@ class _SequenceLogprobs(torch.autograd.Function):
         target = predictions[samples, positions].long()
         rows = hidden[samples, positions]
         with torch.autocast(hidden.device.type, enabled=False):
-            logprobs, lse = _token_logprobs(rows, head, target, bias, soft_cap)
+            logprobs, lse = _kernels(rows, head, soft_cap).token_logprobs(rows, head, target, bias, soft_cap)
         if not bool(logprobs.isfinite().all()):
             raise NonFiniteError(_culprit(rows, head, bias, logprobs, samples, positions))
         ctx.save_for_backward(hidden, head, bias, samples, positions, target, lse)
@@ -146,13 +146,9 @@ class _SequenceLogprobs(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
             rows, coefficient = hidden[samples, positions], d_sums[samples]
-            native = _native(rows, head, ctx.soft_cap)
-            if native is not None:
-                d_rows, d_head, d_bias = native.token_gradients(rows, head, target, bias, lse, coefficient, wanted)
-            else:
-                d_rows, d_head, d_bias = eager.token_gradients(
-                    rows, head, target, bias, ctx.soft_cap, lse, coefficient, wanted
-                )
+            d_rows, d_head, d_bias = _kernels(rows, head, ctx.soft_cap).token_gradients(
+                rows, head, target, bias, ctx.soft_cap, lse, coefficient, wanted
+            )
         d_hidden = None
         if d_rows is not None:
             d_hidden = torch.zeros_like(hidden)
@@ -160,25 +156,17 @@ class _SequenceLogprobs(torch.autograd.Function):
         return d_hidden, d_head, d_bias, None, None, None
 
 
-def _token_logprobs(
-    rows: Tensor, head: Tensor, target: Tensor, bias: Tensor | None, soft_cap: float | None
-) -> tuple[Tensor, Tensor]:
-    # the fused kernel has no float64
-    if backend_for(rows.device.type) == "triton" and rows.dtype != torch.float64:
-        fused = importlib.import_module("hftcore.kernels.triton_likelihood")
-        return fused.token_logprobs(rows, head, target, bias, soft_cap)
-    native = _native(rows, head, soft_cap)
-    if native is not None:
-        return native.token_logprobs(rows, head, target, bias)
-    return eager.token_logprobs(rows, head, target, bias, soft_cap)
-
-
-def _native(rows: Tensor, head: Tensor, soft_cap: float | None) -> Any:
-    """The module that serves these natively, if one does."""
-    if backend_for(rows.device.type) != "native":
-        return None
-    native = importlib.import_module("hftcore.kernels.native_likelihood")
-    return native if native.serves(rows, head, soft_cap) else None
+def _kernels(rows: Tensor, head: Tensor, soft_cap: float | None) -> Any:
+    """The module that serves these."""
+    backend = backend_for(rows.device.type)
+    # the fused kernels have no float64
+    if backend == "triton" and rows.dtype != torch.float64:
+        return importlib.import_module("hftcore.kernels.triton_likelihood")
+    if backend == "native":
+        native = importlib.import_module("hftcore.kernels.native_likelihood")
+        if native.serves(rows, head, soft_cap):
+            return native
+    return eager
 
 
 def _culprit(

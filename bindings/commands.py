@@ -1,7 +1,7 @@
 """What the commands do, between the command line (`cli/`) and the library."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 import hftcore
 from hftcore.bindings.checkpoints.edits import apply_edit, revert_edit
-from hftcore.bindings.checkpoints.job import calibrate_offloaded, offloads, prune_streamed, streams
+from hftcore.bindings.checkpoints.job import calibrate_offloaded, offloads, prune_offloaded, prune_streamed, streams
 from hftcore.bindings.jobs import Job, Loaded, batches_of, open_plain, open_to_prune
 from hftcore.bindings.models_io import save_model
 from hftcore.bindings.output import check_output
@@ -28,7 +28,7 @@ def run_calibrate(job: Job) -> Result:
     """Measure the input energies of a model's layers and save them."""
     targets = job.targets or "all-linear"
     offloaded = offloads(job, prunes=False)
-    energy = calibrate_offloaded(job, targets, True) if offloaded else _calibrate(job, open_plain(job), targets)
+    energy = calibrate_offloaded(job, targets) if offloaded else _calibrate(job, open_plain(job), targets)
     with _writing(job.out):
         energy.save(job.out)
     return {
@@ -46,9 +46,9 @@ def run_wanda(job: Job, pattern: Pattern, sequential: bool) -> Result:
         raise HftcoreError("--sequential calibrates as it prunes: it needs --data, --score wanda and no --energy")
     targets = job.targets or "all-linear"
     if offloads(job, prunes=True, sequential=sequential):
-        return _stream(job, pattern, {}, calibrate_offloaded(job, targets))
+        return _on_files(job, lambda: prune_offloaded(job, pattern, targets, {}))
     if not sequential and streams(job):
-        return _stream(job, pattern, {})
+        return _on_files(job, lambda: prune_streamed(job, pattern, {}))
     loaded = open_to_prune(job, targets)
     model, energy = loaded.model, loaded.energy
     options = {"reference": loaded.reference, "score": job.score, "seed": job.seed, "exclude": job.exclude}
@@ -72,9 +72,10 @@ def run_antidote(job: Job, dense_ratio: float) -> Result:
     if offloaded or streams(job):
         if job.reference is None:
             warnings.warn(FULL_WEIGHTS, stacklevel=2)
-        recipe = {"method": "antidote", "dense_ratio": dense_ratio}
-        energy = calibrate_offloaded(job, job.targets or "all-linear") if offloaded else None
-        return _stream(job, Pattern(dense_ratio, remove="highest"), recipe, energy)
+        recipe, pattern = {"method": "antidote", "dense_ratio": dense_ratio}, Pattern(dense_ratio, remove="highest")
+        if offloaded:
+            return _on_files(job, lambda: prune_offloaded(job, pattern, job.targets or "all-linear", recipe))
+        return _on_files(job, lambda: prune_streamed(job, pattern, recipe))
     loaded = open_to_prune(job, job.targets)
     harmful: Any = loaded.energy
     if harmful is None and job.score == "wanda":
@@ -120,9 +121,9 @@ def _calibrate(job: Job, loaded: Loaded, targets: Targets) -> Energy:
         )
 
 
-def _stream(job: Job, pattern: Pattern, recipe: dict[str, Any], measured: Energy | None = None) -> Result:
+def _on_files(job: Job, prune: Callable[[], Edit]) -> Result:
     with job.timed("prune"), _writing(job.out):
-        edit = prune_streamed(job, pattern, recipe, measured)
+        edit = prune()
     return {"out": str(job.out), "edit_only": job.edit_only, "merged": False, **_counts(edit), "seconds": job.seconds}
 
 

@@ -12,7 +12,8 @@ from hftcore import ops
 from hftcore.bindings.checkpoints.manifest import EDIT, write_manifest
 from hftcore.bindings.checkpoints.pieces import Piece, find_pieces
 from hftcore.bindings.checkpoints.pieces import names_on_disk as names_on_disk
-from hftcore.bindings.checkpoints.rewrite import Changes, rewrite_files, signature
+from hftcore.bindings.checkpoints.rewrite import rewrite_files, signature
+from hftcore.bindings.checkpoints.shard import Changes
 from hftcore.bindings.checkpoints.stored import StoredTensor, list_tensors
 from hftcore.bindings.output import check_output
 from hftcore.edit import CONFIG, Edit, TensorEdit, check_fingerprint, count_marks

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hftcore.bindings.checkpoints.offload import calibrate_folder
+from hftcore.bindings.checkpoints.one_pass import prune_measuring
 from hftcore.bindings.checkpoints.pieces import find_pieces
 from hftcore.bindings.checkpoints.prune import prune_folder
 from hftcore.bindings.checkpoints.skeleton import load_skeleton
@@ -36,15 +37,13 @@ def streams(job: Job) -> bool:
     return measured and not asks and not adapters
 
 
-def prune_streamed(job: Job, pattern: Pattern, recipe: dict[str, Any], measured: Energy | None = None) -> Edit:
-    """Carry out a job for which `streams` is true, or one that has just `measured`; `recipe` as for `prune_folder`."""
+def prune_streamed(job: Job, pattern: Pattern, recipe: dict[str, Any]) -> Edit:
+    """Carry out a job for which `streams` is true; `recipe` as for `prune_folder`."""
     check_output(job.out, [folder for folder in (job.model, job.reference) if folder], "--out")
     check_measured(job)
-    energy = measured if job.energy is None else Energy.load(job.energy)
+    energy = None if job.energy is None else Energy.load(job.energy)
     if energy is not None and "method" in recipe:
         recipe = {**recipe, "average": energy.average}
-        if measured is not None:
-            recipe["tokens"] = job.tokens
     return prune_folder(
         find_folder(job.model),
         energy,
@@ -78,13 +77,9 @@ def offloads(job: Job, prunes: bool, sequential: bool = False) -> bool:
     return obstacle is None and not _fits(job)
 
 
-def calibrate_offloaded(job: Job, targets: Targets, is_file: bool = False) -> Energy:
-    """Measure the model of a job for which `offloads` is true; `is_file` says whether `out` is to be a file."""
-    loaded = open_data(job, is_file)
-    if not is_file:
-        _check_prunable(job, targets)
-    # hidden states that memory has no room for go where the result will lie
-    scratch = next(parent for parent in job.out.absolute().parents if parent.exists())
+def calibrate_offloaded(job: Job, targets: Targets) -> Energy:
+    """Measure the model of a job for which `offloads` is true."""
+    loaded = open_data(job, is_file=True)
     with job.timed("calibrate"):
         return calibrate_folder(
             find_folder(job.model),
@@ -94,8 +89,35 @@ def calibrate_offloaded(job: Job, targets: Targets, is_file: bool = False) -> En
             job.tokens,
             device=job.device,
             dtype=job.dtype,
-            scratch=scratch,
+            scratch=_scratch(job),
         )
+
+
+def prune_offloaded(job: Job, pattern: Pattern, targets: Targets, recipe: dict[str, Any]) -> Edit:
+    """Measure and prune the model of a job for which `offloads` is true; `recipe` as for `prune_folder`."""
+    loaded = open_data(job, is_file=False)
+    _check_prunable(job, targets)
+    if "method" in recipe:
+        recipe = {**recipe, "average": "sum", "tokens": job.tokens}
+    return prune_measuring(
+        find_folder(job.model),
+        batches_of(job, loaded),
+        pattern,
+        job.out,
+        reference=None if job.reference is None else find_folder(job.reference, "--reference"),
+        targets=targets,
+        exclude=job.exclude,
+        tokens=job.tokens,
+        edit_only=job.edit_only,
+        recipe=recipe,
+        device=job.device,
+        scratch=_scratch(job),
+    )
+
+
+def _scratch(job: Job) -> Path:
+    """Where hidden states go that memory has no room for: where the result will lie."""
+    return next(parent for parent in job.out.absolute().parents if parent.exists())
 
 
 def _obstacle(job: Job, prunes: bool, sequential: bool) -> str | None:

@@ -1,7 +1,7 @@
 """Calibrate a model that need not fit into memory: its blocks are read from their files one after the other."""
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -23,6 +23,10 @@ from hftcore.errors import HftcoreError
 from hftcore.layers import Layer, Targets, blocks, find_layers
 
 REMEDY = "the model in memory (--no-offload)"
+
+# after(index, energy, data): block `index` is measured, its layers' energies, and the bytes it was read into;
+# index len(members) and None for what no block holds
+After = Callable[[int, Energy, Tensor | None], None]
 
 
 def calibrate_folder(
@@ -58,43 +62,75 @@ def calibrate_folder(
 
     Source: FlexGen (Sheng et al. 2023, arXiv:2303.06865) walks a model in this order, block by block over all batches.
     """
-    folder, place = Path(model), find_device(device)
-    stored = list_tensors(folder)
-    skeleton = build_model(folder, stored, dtype, place)
-    stored = by_name_in_memory(skeleton, stored)
-    layers = find_layers(skeleton, targets, exclude)
-    members = blocks(skeleton)
-    homes, outside = by_block(members, layers)
-    _refuse_shared(members, layers)
-    # where all layers are behind the blocks, every block is needed
-    last = len(members) - 1 if outside else max(index for index, home in enumerate(homes) if home)
-    runner = runs_without_head(skeleton, layers)
-    inside = {module for block in members for module in block.modules()}
-    around = find_parts(skeleton, [module for module in runner.modules() if module not in inside], stored)
-    parts = [find_parts(skeleton, [*block.modules()], stored) for block in members[: last + 1]]
-    meters = [Meter(home, tokens) for home in homes]
-    rest = Meter(outside, tokens)
-    buffers = [torch.empty(max(map(_size, parts)), dtype=torch.uint8) for _ in parts[:2]]
-    if budget is None:
-        budget = available_memory(torch.device("cpu")) // 2
-    with ExitStack() as stack:
-        stack.enter_context(filled(around, [part.mapped(place) for part in around]))
-        if fused := [layer for layer in layers if layer.is_fused]:
-            # in memory the experts of every block run one by one as soon as some are measured
-            stack.enter_context(Meter(fused, tokens).hooked(skeleton))
-        where = Path(tempfile.gettempdir() if scratch is None else scratch)
-        hidden = stack.enter_context(closing(Activations(budget, where, place)))
-        runs = BlockRuns(runner, members, batches, hidden, REMEDY)
-        reader = stack.enter_context(ThreadPoolExecutor(1))
-        ahead = reader.submit(_read, parts[0], buffers[0], place)
-        for index in Track(range(last + 1), "calibrate"):
-            tensors = ahead.result()
-            if index < last:
-                ahead = reader.submit(_read, parts[index + 1], buffers[(index + 1) % 2], place)
-            with filled(parts[index], tensors):
-                runs.run(index, meters[index] if homes[index] else None)
-        runs.run(len(members), rest if outside else None)
-    return _together(layers, [*meters, rest], tokens)
+    return Offloaded(model, targets, exclude, tokens, device, dtype).measure(batches, scratch, budget)
+
+
+class Offloaded:
+    """The model of a checkpoint folder, to be measured as `calibrate_folder` tells.
+
+    Fields:
+        members: its blocks.
+        runner: what runs of it.
+        homes, outside: the layers to measure that lie in each block, and those in none.
+        parts: what each block that is needed holds, and where in memory it is read.
+    """
+
+    def __init__(
+        self, model: str | Path, targets: Targets, exclude: Targets | None, tokens: str, device: str | None, dtype: str
+    ) -> None:
+        folder, self._place = Path(model), find_device(device)
+        stored = list_tensors(folder)
+        self._skeleton = build_model(folder, stored, dtype, self._place)
+        stored = by_name_in_memory(self._skeleton, stored)
+        self._layers, self._tokens = find_layers(self._skeleton, targets, exclude), tokens
+        self.members = blocks(self._skeleton)
+        self.homes, self.outside = by_block(self.members, self._layers)
+        _refuse_shared(self.members, self._layers)
+        # where all layers are behind the blocks, every block is needed
+        last = len(self.members) - 1 if self.outside else max(index for index, home in enumerate(self.homes) if home)
+        self.runner = runs_without_head(self._skeleton, self._layers)
+        inside = {module for block in self.members for module in block.modules()}
+        around = [module for module in self.runner.modules() if module not in inside]
+        self._around = find_parts(self._skeleton, around, stored)
+        self.parts = [find_parts(self._skeleton, [*block.modules()], stored) for block in self.members[: last + 1]]
+
+    def measure(
+        self,
+        batches: Iterable[Batch],
+        scratch: str | Path | None = None,
+        budget: int | None = None,
+        after: After | None = None,
+    ) -> Energy:
+        """What `calibrate_folder` returns; `after` may change the data it is given, which is used again once it returns."""
+        meters = [Meter(home, self._tokens) for home in self.homes]
+        rest = Meter(self.outside, self._tokens)
+        buffers = [torch.empty(max(map(_size, self.parts)), dtype=torch.uint8) for _ in self.parts[:2]]
+        if budget is None:
+            budget = available_memory(torch.device("cpu")) // 2
+        with ExitStack() as stack:
+            stack.enter_context(filled(self._around, [part.mapped(self._place) for part in self._around]))
+            if fused := [layer for layer in self._layers if layer.is_fused]:
+                # in memory the experts of every block run one by one as soon as some are measured
+                stack.enter_context(Meter(fused, self._tokens).hooked(self._skeleton))
+            where = Path(tempfile.gettempdir() if scratch is None else scratch)
+            hidden = stack.enter_context(closing(Activations(budget, where, self._place)))
+            runs = BlockRuns(self.runner, self.members, batches, hidden, REMEDY)
+            reader = stack.enter_context(ThreadPoolExecutor(1))
+            last = len(self.parts) - 1
+            ahead = reader.submit(_read, self.parts[0], buffers[0], self._place)
+            for index in Track(range(last + 1), "calibrate"):
+                tensors = ahead.result()
+                if index < last:
+                    ahead = reader.submit(_read, self.parts[index + 1], buffers[(index + 1) % 2], self._place)
+                with filled(self.parts[index], tensors):
+                    runs.run(index, meters[index] if self.homes[index] else None)
+                if after is not None:
+                    after(index, meters[index].energy, buffers[index % 2])
+            runs.run(len(self.members), rest if self.outside else None)
+        energy = _together(self._layers, [*meters, rest], self._tokens)
+        if after is not None:
+            after(len(self.members), rest.energy, None)
+        return energy
 
 
 def _read(parts: Sequence[Part], buffer: Tensor, device: torch.device) -> list[Tensor]:

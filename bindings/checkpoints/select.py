@@ -34,6 +34,10 @@ class Selection:
         self.plan: dict[str, list[int]] = dict(plan) if plan is not None else self._planned()
         self._current: tuple[str, Any] = "", None
 
+    def measured(self, sources: Sequence[Source]) -> None:
+        """Take the energies of sources that were given before as if they were known; only for scope "row"."""
+        self._sources |= {_key(source.piece): source for source in sources}
+
     def changed(self, piece: Piece) -> int:
         """How many weights of a piece are removed."""
         rows, columns = piece.rows, piece.columns

@@ -9,9 +9,9 @@ import torch
 
 from hftcore.bench.job import Job, UnavailableError, shape_of
 from hftcore.bench.models import model_of
+from hftcore.bindings.recipe import PAPERS_LORA
 from hftcore.bindings.trainers import METHODS
 from hftcore.bindings.trainers.pairs import pair_samples
-from hftcore.bindings.training import PAPERS_LORA
 from hftcore.edit import Edit
 
 SFT_STEP = "one plain SFT step"

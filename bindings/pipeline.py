@@ -14,8 +14,9 @@ from hftcore.bindings.evaluation.run import Options, identity
 from hftcore.bindings.jobs import Job, check_measured
 from hftcore.bindings.models_io import find_folder, is_adapter
 from hftcore.bindings.output import check_output
+from hftcore.bindings.recipe import Recipe, make_recipe, read_yaml
 from hftcore.bindings.trainers import METHODS
-from hftcore.bindings.training import Recipe, last_checkpoint, make_arguments, make_recipe, read_yaml, train
+from hftcore.bindings.training import last_checkpoint, make_arguments, train
 from hftcore.defenses.settings import check_number
 from hftcore.errors import HftcoreError
 

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from test_cli import failed, succeeded, world  # noqa: F401
 from tiny_models import one_thread  # noqa: F401
 
+from hftcore.bindings.recipe import make_recipe, read_recipe
 from hftcore.bindings.trainers import METHODS
 from hftcore.bindings.trainers.panacea import PanaceaTrainer
 from hftcore.bindings.trainers.sft import SFTConfig
-from hftcore.bindings.training import last_checkpoint, make_recipe, read_recipe, run_training
+from hftcore.bindings.training import last_checkpoint, run_training
 from hftcore.errors import HftcoreError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -30,10 +30,10 @@ from hftcore.bindings.evaluation.suites import Suite, load_suite
 from hftcore.bindings.mixture import samples
 from hftcore.bindings.models_io import is_adapter, load_model, merged
 from hftcore.bindings.progress import Track
+from hftcore.bindings.recipe import PAPERS_LORA, read_yaml
 from hftcore.bindings.trainers.collate import Collator
 from hftcore.bindings.trainers.data import tokenize
 from hftcore.bindings.trainers.stream import BatchStream
-from hftcore.bindings.training import PAPERS_LORA, read_yaml
 from hftcore.defenses.settings import check_number
 from hftcore.errors import HftcoreError
 

@@ -20,10 +20,10 @@ from hftcore.bindings.evaluation.evaluate import Items, Subject, parts
 from hftcore.bindings.evaluation.suites import Suite
 from hftcore.bindings.mixture import harmful_count, poisoned, samples
 from hftcore.bindings.models_io import load_model, merged, save_model
+from hftcore.bindings.recipe import PAPERS_LORA
 from hftcore.bindings.trainers import METHODS
 from hftcore.bindings.trainers.data import tokenize
 from hftcore.bindings.trainers.pairs import PairTrainer, pair_samples
-from hftcore.bindings.training import PAPERS_LORA
 from hftcore.bindings.tuning.doses import METHODS as DOSES
 from hftcore.errors import HftcoreError
 

@@ -9,7 +9,7 @@ from hftcore.bindings.evaluation import judge
 from hftcore.bindings.evaluation.evaluate import Items
 from hftcore.bindings.evaluation.metrics import Mean, bootstrap_runs
 from hftcore.bindings.evaluation.scoreboard import DEFENCES, Cell
-from hftcore.bindings.training import PAPERS_LORA
+from hftcore.bindings.recipe import PAPERS_LORA
 from hftcore.files import whole_file
 
 Board = dict[Cell, Items]

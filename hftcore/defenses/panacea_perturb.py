@@ -142,7 +142,10 @@ def _chosen(model: nn.Module, targets: Targets | None, exclude: Targets | None) 
 
 def _noise(parameters: Parameters, seed: int) -> Gradients:
     generator = torch.Generator().manual_seed(seed)
-    drawn = {name: torch.randn(parameter.shape, generator=generator, dtype=torch.float32) for name, parameter in parameters.items()}
+    drawn = {
+        name: torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        for name, parameter in parameters.items()
+    }
     return Gradients({name: noise.to(parameters[name]) for name, noise in drawn.items()})
 
 

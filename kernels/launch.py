@@ -115,3 +115,8 @@ STRIPE = 2048  # columns of the vocabulary that one program folds
 def logit_tile(element_size: int) -> ProductTile:
     # a deeper tile of float32 spills on Triton 3.6
     return ProductTile(64, 128, 64 // element_size, 8)
+
+
+def logit_gradient_tile(element_size: int) -> ProductTile:
+    # a wider tile of float32 spills on sm_80
+    return ProductTile(64, 64 if element_size == 4 else 128, 64 // element_size, 8)

@@ -244,7 +244,7 @@ def logit_gradients(
     """Launch `logit_gradient_kernel`."""
     S, D = rows.shape
     V = head.shape[0]
-    tile = launch.logit_tile(rows.element_size())
+    tile = launch.logit_gradient_tile(rows.element_size())
     logit_gradient_kernel[(triton.cdiv(S, tile.block_m), triton.cdiv(V, tile.block_n))](
         rows,
         head,

@@ -545,6 +545,7 @@ def small_stripes(monkeypatch):
     """Two tiles a stripe and a short last stripe at the sizes an interpreter can bear."""
     fused = pytest.importorskip("hftcore.kernels.triton_likelihood")
     monkeypatch.setattr(launch, "logit_tile", lambda _: launch.ProductTile(16, 16, 16, 8))
+    monkeypatch.setattr(launch, "logit_gradient_tile", launch.logit_tile)
     monkeypatch.setattr(launch, "STRIPE", 32)
     return fused
 

@@ -119,4 +119,4 @@ def logit_tile(element_size: int) -> ProductTile:
 
 def logit_gradient_tile(element_size: int) -> ProductTile:
     # a wider tile of float32 spills on sm_80
-    return ProductTile(64, 64 if element_size == 4 else 128, 64 // element_size, 8)
+    return ProductTile(64, 64, 32, 8) if element_size == 4 else ProductTile(64, 128, 32, 8)

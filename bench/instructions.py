@@ -19,7 +19,7 @@ from hftcore.errors import HftcoreError
 from hftcore.kernels import native
 
 ROWS, COLUMNS = 64, 4096
-SAMPLES, TOKENS, FEATURES = 1, 256, 1024
+SAMPLES, TOKENS, FEATURES, VOCABULARY = 1, 256, 1024, 1024
 CASE, TOOL = "instructions", "callgrind"
 ENTRY = "hftcore::{}::run(int, hftcore::Job const&)"  # one library call, by its instruction set
 DTYPES = (torch.float32, torch.bfloat16)
@@ -71,12 +71,19 @@ def calls(dtype: torch.dtype) -> dict[str, Counted]:
     }
     if dtype == torch.float32:
         x, g = (torch.randn(SAMPLES, TOKENS, FEATURES, generator=draw) for _ in range(2))
+        rows, head = x[0], torch.randn(VOCABULARY, FEATURES, generator=draw)
+        logits = rows, head, torch.zeros(TOKENS, dtype=torch.int64), None
+        elements = rows.numel() + head.numel()
         found |= {
             f"lower_gram of {TOKENS} tokens": Counted(lambda: native.lower_gram(x), x.numel()),
             f"ghost norms of {TOKENS} tokens": Counted(lambda: native.ghost(x, g), x.numel() + g.numel()),
             f"direct norms of {TOKENS} tokens": Counted(lambda: native.direct(x, g), x.numel() + g.numel()),
             f"direct norms and gradient of {TOKENS} tokens": Counted(
                 lambda: native.direct_with_gradient(x, g), x.numel() + g.numel()
+            ),
+            f"logprobs of {TOKENS} tokens": Counted(lambda: native.softmax_parts(*logits), elements),
+            f"logit_gradients of {TOKENS} tokens": Counted(
+                lambda: native.logit_gradients(*logits, torch.zeros(TOKENS), torch.ones(TOKENS)), elements
             ),
         }
     return found

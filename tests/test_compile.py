@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from hftcore.bench.static import TARGETS, compiled
 
 # helpers that touch a few bytes a column, far from the main traffic
-NARROW = ("combine", "pack", "sequence_logprobs")
+NARROW = ("combine", "pack", "sequence_logprobs", "weighted_cross_entropy")
 # scores order weights only where denormals are kept; a sum of squares may flush them
 RANKING = ("prune_rows", "prune_groups", "score_histogram", "tie_counts", "cut", "block_scores", "column_energy")
 
@@ -28,7 +28,8 @@ def names(records: list[dict]) -> list[str]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles(target):
-    assert {name.split()[0] for name in names(found(target))} == {*RANKING, "grad_norms_sq", "sequence_logprobs"}
+    products = {"grad_norms_sq", "sequence_logprobs", "weighted_cross_entropy"}
+    assert {name.split()[0] for name in names(found(target))} == {*RANKING, *products}
 
 
 @pytest.mark.parametrize("target", TARGETS)

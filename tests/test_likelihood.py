@@ -566,7 +566,7 @@ def test_the_fused_kernel_gives_the_reference(small_stripes, dtype, S, V, D):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
-@pytest.mark.parametrize(("S", "V", "D"), [(19, 75, 20), (1, 1, 1), (16, 97, 33)])
+@pytest.mark.parametrize(("S", "V", "D"), [(9, 45, 20), (1, 1, 1)])
 def test_the_fused_backward_gives_the_gradients_of_the_reference(small_stripes, monkeypatch, dtype, soft_cap, S, V, D):
     monkeypatch.setattr(likelihood, "TOKENS", 7)
     monkeypatch.setattr(

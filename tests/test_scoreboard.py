@@ -301,3 +301,8 @@ def test_harmbench_stands_beside_hs_where_it_was_asked():
     assert "HS 90 [75, 100], HB 50 [" in text
     assert "HB: the share served of 10 requests of HarmBench" in text
     assert any("HB below SFT's at p 0.2 × 1 (-50)" in line for line in scoreboard_report.read(board))
+
+
+def test_no_two_rows_of_the_board_look_alike():
+    looks = scoreboard_report._looks(list(DEFENCES))
+    assert len({(look["fmt"], look["color"]) for look in looks.values()}) == len(DEFENCES)

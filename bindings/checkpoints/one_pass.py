@@ -93,7 +93,12 @@ class _Walk:
     """
 
     def __init__(
-        self, pruning: Pruning, offloaded: Offloaded, batches: Sequence[Batch], scratch: str | Path | None, inverts: bool
+        self,
+        pruning: Pruning,
+        offloaded: Offloaded,
+        batches: Sequence[Batch],
+        scratch: str | Path | None,
+        inverts: bool,
     ) -> None:
         self._pruning, self._offloaded, self._batches, self._scratch = pruning, offloaded, batches, scratch
         self._inverts = inverts

@@ -224,9 +224,9 @@ def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     defences = [name for name in names if not DEFENCES[name].is_null and name != "SFT"]
     nulls = [name for name in names if DEFENCES[name].is_null]
     looks = {
-        name: {"fmt": "oDv^<>psh"[i % 9], "color": f"C{(0, 1, 2, 3, 4, 5, 6, 8, 9)[i % 9]}"}
+        name: {"fmt": "oDv^<>pshP*d"[i % 12], "color": f"C{(0, 1, 2, 3, 4, 5, 6, 8, 9)[i % 9]}"}
         for i, name in enumerate(defences)
     }
     for index, name in enumerate(nulls):
-        looks[name] = {"fmt": "sDv^o"[index % 5], "color": "#8a8a8a", "markerfacecolor": "white"}
+        looks[name] = {"fmt": "sDv^o<p*"[index % 8], "color": "#8a8a8a", "markerfacecolor": "white"}
     return looks | {"SFT": {"fmt": "X", "color": "black"}}

@@ -11,8 +11,6 @@ The backward makes the gradient of some columns' logits in one kernel, and leave
 matrix products that PyTorch has for the device.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -226,9 +224,18 @@ def token_logprobs(
     return chosen.double() - lse, lse
 
 
-def token_gradients(*given: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Arguments and results are those of `likelihood.token_gradients`; the logits' gradients come from `logit_gradient_kernel`."""
-    return likelihood.token_gradients(*given, logit_gradients=logit_gradients)
+def token_gradients(
+    rows: Tensor,
+    head: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    soft_cap: float | None,
+    lse: Tensor,
+    coefficient: Tensor,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As that of `likelihood.py`; the logits' gradients come from `logit_gradient_kernel`."""
+    return likelihood.token_gradients(rows, head, target, bias, soft_cap, lse, coefficient, wanted, logit_gradients)
 
 
 def logit_gradients(

@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, wraps
 from types import ModuleType
@@ -117,14 +117,15 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"hftcore.kernels.{name}")
 
 
-def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, whatever the device of its arguments."""
+def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """The block in which Triton launches on the tensor's device: it takes the current one, whatever the device of its arguments."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(launch)
     def call(first: torch.Tensor, *rest: Any) -> Any:
-        if not first.is_cuda:
-            return launch(first, *rest)
-        with torch.cuda.device(first.device):
+        with device_of(first):
             return launch(first, *rest)
 
     return call

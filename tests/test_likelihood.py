@@ -1,13 +1,14 @@
 """Likelihoods of labels without their logits: the meaning, the gradients, the memory, the refusals, and the fused kernel."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hftcore import use_backend
+from hftcore import ops, use_backend
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels import launch, likelihood, native, native_likelihood
 from hftcore.ops.likelihood import sequence_logprobs, weighted_cross_entropy
@@ -634,3 +635,21 @@ def test_a_gpu_gives_the_reference_at_real_sizes(dtype):
     for mine, right in zip(free, truth, strict=True):
         tolerance = GRADIENT_TOLERANCE.get(dtype, 2**-9)  # float16 keeps three bits more than bfloat16
         assert (mine.grad.double() - right.grad).abs().max() < tolerance * right.grad.abs().max()
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton takes the current device, which on a machine of several is not always that of the tensors."""
+    entered = []
+
+    @contextmanager
+    def device(tensor):
+        entered.append(tuple(tensor.shape))
+        yield
+
+    for module in (ops.likelihood, ops.gradients):
+        monkeypatch.setattr(module, "device_of", device)
+    hidden, head, labels, _ = inputs(dtype=torch.float32)
+    hidden.requires_grad_()
+    sequence_logprobs(hidden, head, labels)[0].sum().backward()
+    ops.grad_norms_sq(torch.ones(2, 3, 4), torch.ones(2, 3, 5))
+    assert entered == [(3, 6, 5), (3, 6, 5), (2, 3, 4)]

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hftcore.backend import backend_for
+from hftcore.backend import backend_for, device_of
 from hftcore.checks import dense
 from hftcore.errors import HftcoreError
 from hftcore.kernels import gradients
@@ -56,7 +56,8 @@ def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
         return host_kernels(x, g).grad_norms_sq(x, g, gram)
     if torch.float64 in (x.dtype, g.dtype):
         return gradients.grad_norms_sq(x.double(), g.double())
-    return _kernels(x, g).grad_norms_sq(x, g)
+    with device_of(x):
+        return _kernels(x, g).grad_norms_sq(x, g)
 
 
 @torch.no_grad()

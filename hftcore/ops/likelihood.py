@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hftcore.backend import backend_for
+from hftcore.backend import backend_for, device_of
 from hftcore.checks import dense
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels import likelihood as eager
@@ -124,7 +124,7 @@ class _SequenceLogprobs(torch.autograd.Function):
         samples, positions = labelled.nonzero(as_tuple=True)
         target = predictions[samples, positions].long()
         rows = hidden[samples, positions]
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False), device_of(hidden):
             logprobs, lse = _kernels(rows, head, soft_cap).token_logprobs(rows, head, target, bias, soft_cap)
         if not bool(logprobs.isfinite().all()):
             raise NonFiniteError(_culprit(rows, head, bias, logprobs, samples, positions))
@@ -144,7 +144,7 @@ class _SequenceLogprobs(torch.autograd.Function):
             )
         hidden, head, bias, samples, positions, target, lse = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False), device_of(hidden):
             rows, coefficient = hidden[samples, positions], d_sums[samples]
             d_rows, d_head, d_bias = _kernels(rows, head, ctx.soft_cap).token_gradients(
                 rows, head, target, bias, ctx.soft_cap, lse, coefficient, wanted

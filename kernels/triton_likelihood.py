@@ -11,6 +11,9 @@ The backward makes the gradient of some columns' logits in one kernel, and leave
 matrix products that PyTorch has for the device.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -212,30 +215,10 @@ def token_logprobs(
             *head.stride(),
             1.0 if soft_cap is None else float(soft_cap),
             STRIPE=launch.STRIPE,
-            HAS_BIAS=bias is not None,
-            CAPPED=soft_cap is not None,
-            WIDEN=rows.device.type == "cpu",  # the interpreter multiplies the bit patterns of bfloat16 numbers
-            BLOCK_T=tile.block_m,
-            BLOCK_V=tile.block_n,
-            BLOCK_D=tile.block_k,
-            num_warps=tile.num_warps,
+            **_options(rows, bias, soft_cap, tile),
         )
     lse = (peak.double() + total.double().log()).logsumexp(dim=0)
     return chosen.double() - lse, lse
-
-
-def token_gradients(
-    rows: Tensor,
-    head: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    soft_cap: float | None,
-    lse: Tensor,
-    coefficient: Tensor,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As that of `likelihood.py`; the logits' gradients come from `logit_gradient_kernel`."""
-    return likelihood.token_gradients(rows, head, target, bias, soft_cap, lse, coefficient, wanted, logit_gradients)
 
 
 def logit_gradients(
@@ -265,11 +248,22 @@ def logit_gradients(
         D,
         *head.stride(),
         1.0 if soft_cap is None else float(soft_cap),
-        HAS_BIAS=bias is not None,
-        CAPPED=soft_cap is not None,
-        WIDEN=rows.device.type == "cpu",  # as above
-        BLOCK_T=tile.block_m,
-        BLOCK_V=tile.block_n,
-        BLOCK_D=tile.block_k,
-        num_warps=tile.num_warps,
+        **_options(rows, bias, soft_cap, tile),
     )
+
+
+def _options(rows: Tensor, bias: Tensor | None, soft_cap: float | None, tile: launch.ProductTile) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    return {
+        "HAS_BIAS": bias is not None,
+        "CAPPED": soft_cap is not None,
+        "WIDEN": rows.device.type == "cpu",  # the interpreter multiplies the bit patterns of bfloat16 numbers
+        "BLOCK_T": tile.block_m,
+        "BLOCK_V": tile.block_n,
+        "BLOCK_D": tile.block_k,
+        "num_warps": tile.num_warps,
+    }
+
+
+# the products with head and rows are those of plain PyTorch
+token_gradients = partial(likelihood.token_gradients, logit_gradients=logit_gradients)

@@ -46,7 +46,7 @@ _FULL = {
     "booster": Defence("Booster", "booster", most=3.1),
     "vaccine": Defence("Vaccine", "vaccine", most=2.1),
     "lisa": Defence("Lisa in the middle of a turn", "lisa", most=1.05),
-    "ldifs": Defence("LDIFS", "ldifs"),
+    "ldifs": Defence("LDIFS", "ldifs", most=1.4),
     "ldifs, cached": Defence(
         "LDIFS with the features of samples that come again", "ldifs", {"cache_gb": 1.0}, most=1.4
     ),

@@ -64,12 +64,13 @@ def run_until(deadline: float, out: Path) -> int:
         HftcoreError: data or the embedded model is not here, or no cell was reached.
     """
     board = Scoreboard(str(aligned_model(out)), default_data(), suite_of(60, harmbench=True), Setting(bf16=True), out)
-    for cell in cells_of(board.setting, list(DEFENCES)):
+    planned = cells_of(board.setting, list(DEFENCES))
+    for cell in planned:
         if time.monotonic() > deadline:
             break
         board.run(cell)
     run_board(board, list(DEFENCES), out / "scoreboard.md", "hftcore-bench gpu", only_found=True)
-    return sum(board.found(cell) is not None for cell in cells_of(board.setting, list(DEFENCES)))
+    return sum(board.found(cell) is not None for cell in planned)
 
 
 def run_board(

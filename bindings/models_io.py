@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,6 @@ def load_model(
             peft is missing.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -57,25 +56,21 @@ def load_model(
     tokenizer = load_tokenizer([folder, body])
     list_tensors(body)  # refuses what transformers would unpickle, or read in spite of damage
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
-        with _without_tables():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                body,
-                dtype=kind,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = _brief(error)
-        if "CONVERSION" in reason:  # it speaks of a table that was kept out of the logs
-            reason = (
-                "the parts of a fused tensor (the experts of a layer, for example) are not all there, or do not fit"
-            )
-        raise HftcoreError(f"cannot load a causal model from {body}: {reason}") from error
-    model, found = loaded
-    _check_complete(body, found)
+    model, unknown = load_whole(
+        body,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            body,
+            dtype=kind,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        ),
+    )
+    if unknown:
+        warnings.warn(
+            f"{body} holds tensors that the model has not ({len(unknown)}), such as {min(unknown)!r}", stacklevel=2
+        )
     if adapter:
         model = with_adapter(model, folder)
     return model.to(place).eval(), tokenizer
@@ -207,7 +202,7 @@ def _named_base(folder: Path) -> str:
 
 @contextmanager
 def _without_tables() -> Iterator[None]:
-    """Keep transformers' tables of what did not fit out of the logs; `_check_complete` says it in a line."""
+    """Keep transformers' tables of what did not fit out of the logs; `load_whole` says it in a line."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -218,8 +213,31 @@ def _without_tables() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _check_complete(folder: Path, found: Mapping[str, Any]) -> None:
-    """Refuse a model some of whose weights transformers made up, as the files lack them or have them in another shape."""
+def load_whole(folder: Path, load: Callable[[], Any]) -> tuple[Any, set[str]]:
+    """The model that `load` makes of a checkpoint folder, once it is known that transformers made up none of its weights.
+
+    Args:
+        folder: for messages.
+        load: calls `from_pretrained` with `output_loading_info=True` and `ignore_mismatched_sizes=True`.
+
+    Returns:
+        (model, unknown): and the names of tensors which the model has not.
+
+    Raises:
+        HftcoreError: it cannot be loaded; its files lack tensors, or have them in other shapes.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with _without_tables():
+            model, found = load()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = _brief(error)
+        if "CONVERSION" in reason:  # it speaks of a table that was kept out of the logs
+            reason = (
+                "the parts of a fused tensor (the experts of a layer, for example) are not all there, or do not fit"
+            )
+        raise HftcoreError(f"cannot load a causal model from {folder}: {reason}") from error
     for name, stored, wanted in sorted(found["mismatched_keys"]):
         raise HftcoreError(
             f"{folder} has {name!r} as {list(stored)}, its config.json wants {list(wanted)}; copy it again"
@@ -228,10 +246,7 @@ def _check_complete(folder: Path, found: Mapping[str, Any]) -> None:
         raise HftcoreError(
             f"{folder} lacks {len(missing)} of the model's tensors, such as {min(missing)!r}; copy the checkpoint again"
         )
-    if unknown := found["unexpected_keys"]:
-        warnings.warn(
-            f"{folder} holds tensors that the model has not ({len(unknown)}), such as {min(unknown)!r}", stacklevel=3
-        )
+    return model, found["unexpected_keys"]
 
 
 def with_adapter(model: Any, folder: Path) -> Any:

@@ -29,8 +29,10 @@ import hftcore
 from hftcore import Edit, Energy, HftcoreError, NonFiniteError, direct
 from hftcore.bindings import jobs, models_io
 from hftcore.bindings.checkpoints import blocks, rewrite, threshold
+from hftcore.bindings.checkpoints.edits import apply_edit, revert_edit
 from hftcore.bindings.checkpoints.manifest import MANIFEST
 from hftcore.bindings.checkpoints.prune import prune_folder
+from hftcore.bindings.checkpoints.skeleton import load_skeleton
 from hftcore.bindings.checkpoints.verify import verify_folder
 from hftcore.bindings.cli.app import app
 from hftcore.edit_writer import EditWriter, Slot
@@ -180,6 +182,9 @@ def test_what_cannot_be_done_is_said_in_one_line_before_anything_is_written(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+GONE = "model.norm.weight", "model.layers.1.input_layernorm.weight"  # which no command changes
+
+
 def broken(folder, kind):
     file = folder / "part-1.safetensors"
     index = folder / "model.safetensors.index.json"
@@ -192,18 +197,13 @@ def broken(folder, kind):
         file.write_bytes(b"\x80\x04cposix\nsystem\n.")
     elif kind == "missing tensor":
         tensors = load_file(file)
-        name = next(name for name in tensors if "proj" in name)
+        name = next(name for name in tensors if "norm" in name)
         del tensors[name]
         save_file(tensors, file)
-    elif kind == "index without a tensor":
-        where = json.loads(index.read_text())["weight_map"]
-        index.write_text(
-            json.dumps(
-                {"metadata": {}, "weight_map": {key: value for key, value in where.items() if "up_proj" not in key}}
-            )
-        )
+    elif kind == "missing file":
+        (folder / "part-2.safetensors").unlink()
     elif kind == "gone":
-        where = {key: name for key, name in json.loads(index.read_text())["weight_map"].items() if "up_proj" not in key}
+        where = {key: name for key, name in json.loads(index.read_text())["weight_map"].items() if key not in GONE}
         index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
         for part in folder.glob("*.safetensors"):
             save_file({key: value for key, value in load_file(part).items() if key in where}, part)
@@ -230,9 +230,10 @@ DAMAGES = [
     ("header", "cut off or not a safetensors file"),
     ("pickle", "cut off or not a safetensors file"),
     ("missing tensor", "which does not hold it"),
-    ("index without a tensor", "the checkpoint has no tensor"),
+    ("missing file", r"part-2\.safetensors is missing"),
+    ("gone", r"lacks 2 of the model's tensors, such as 'model\.layers\.1\.input_layernorm\.weight'"),
     ("twice", "is in both"),
-    ("shape", "is this the right checkpoint"),
+    ("shape", "its config.json wants"),
     ("integers", "dequantise the checkpoint first"),
     ("config", "cannot read from"),
     ("unknown model", "cannot read from"),
@@ -256,9 +257,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_left_alone(tmp_path, ki
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        *[case for case in DAMAGES if case[0] in ("truncated", "header", "pickle", "missing tensor", "twice")],
-        ("gone", r"lacks 2 of the model's tensors, such as 'model\.layers\.0\.mlp\.up_proj\.weight'"),
-        ("shape", "its config.json wants"),
+        *[case for case in DAMAGES if case[0] not in ("integers", "config", "unknown model", "quantised")],
         ("only a pickle", r"model\.bin, a pickle, which could run anything and is not opened"),
         ("a pickle beside", r"cannot load a causal model"),
     ],
@@ -280,15 +279,71 @@ def test_what_is_refused_on_files_is_not_loaded_either(tmp_path, monkeypatch, ca
     assert not [record for record in caplog.records if "\n" in record.getMessage()]
 
 
-def test_parts_of_experts_that_are_missing_are_refused_in_memory_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("2.w3", r"the parts of a fused tensor .* are not all there"),
+        ("3.w2", r"down_proj' as \[3, 32, 48\], its config"),
+    ],
+)
+def test_parts_of_experts_that_are_missing_are_refused(tmp_path, monkeypatch, part, message):
     monkeypatch.setattr(models_io, "load_tokenizer", lambda _: None)
-    tiny_model("mixtral").save_pretrained(tmp_path / "model")
+    model = tiny_model("mixtral")
+    energy = energy_of(model)
+    model.save_pretrained(tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
-    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    del tensors[f"model.layers.1.block_sparse_moe.experts.{part}.weight"]
     save_file(tensors, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(HftcoreError, match=r"the parts of a fused tensor .* are not all there") as caught:
-        models_io.load_model(tmp_path / "model", "cpu")
+    attention = Energy({name: energy[name] for name in energy if "q_proj" in name})
+    for run in (
+        lambda: models_io.load_model(tmp_path / "model", "cpu"),
+        lambda: prune_folder(tmp_path / "model", attention, "50%", tmp_path / "out"),
+    ):
+        with pytest.raises(HftcoreError, match=message) as caught:
+            run()
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def unnamed_in(folder):
+    """The index no longer names two tensors of its files."""
+    index = folder / "model.safetensors.index.json"
+    where = json.loads(index.read_text())["weight_map"]
+    where = {key: name for key, name in where.items() if "up_proj" not in key}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def test_tensors_that_an_index_forgets_are_told_and_pruned_as_in_memory(tmp_path):
+    model = tiny_model("llama")
+    energy = energy_of(model)
+    folder = save_in(model, tmp_path / "model", 3, 0)
+    unnamed_in(folder)
+    with pytest.warns(UserWarning, match=r"does not name 2 of the tensors in its files, such as .*0\.mlp\.up_proj"):
+        prune_folder(folder, energy, "50%", tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    hftcore.prune(loaded, energy, "50%")
+    loaded.save_pretrained(tmp_path / "expected")
+    wanted, written = tensors_in(tmp_path / "expected"), tensors_in(tmp_path / "out")
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(written[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("kind", ["missing tensor", "missing file", "truncated", "twice"])
+@pytest.mark.parametrize("action", ["apply", "revert"])
+def test_edits_are_not_written_onto_a_checkpoint_that_lacks_what_they_leave_alone(tmp_path, action, kind):
+    model = tiny_model("llama")
+    folder = save_in(model, tmp_path / "model", 3, 0)
+    edit = hftcore.prune(model, energy_of(model), "50%", targets=["q_proj"])
+    if action == "revert":
+        apply_edit(edit, folder, tmp_path / "pruned")
+        folder = tmp_path / "pruned"
+    broken(folder, kind)
+    there, before = {path.name for path in tmp_path.iterdir()}, contents(folder)
+    with pytest.raises(HftcoreError, match=dict(DAMAGES)[kind]) as caught:
+        (apply_edit if action == "apply" else revert_edit)(edit, folder, tmp_path / "out")
     assert "\n" not in str(caught.value)
+    assert contents(folder) == before
+    assert {path.name for path in tmp_path.iterdir()} == there
 
 
 def test_tensors_beside_the_models_are_told_and_not_lost(tmp_path, monkeypatch):
@@ -594,10 +649,11 @@ def test_memory_stays_small_beside_a_large_model(tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     wide, tall = (1 << 15, 1024), (1024, 1 << 15)
     noise = torch.randn(wide).bfloat16()
-    tensors = {"up_proj": noise, "gate_proj": noise.clone(), "down_proj": noise.reshape(tall).clone()}
-    tensors = {f"model.layers.0.mlp.{name}.weight": tensor for name, tensor in tensors.items()}
-    save_file(tensors, tmp_path / "model" / "model.safetensors")
-    energies = {name.removesuffix(".weight"): torch.ones(tensor.shape[1]) for name, tensor in tensors.items()}
+    mlp = {"up_proj": noise, "gate_proj": noise.clone(), "down_proj": noise.reshape(tall).clone()}
+    mlp = {f"model.layers.0.mlp.{name}.weight": tensor for name, tensor in mlp.items()}
+    rest = {name: torch.zeros_like(value) for name, value in load_skeleton(tmp_path / "model").named_parameters()}
+    save_file(rest | mlp, tmp_path / "model" / "model.safetensors")
+    energies = {name.removesuffix(".weight"): torch.ones(tensor.shape[1]) for name, tensor in mlp.items()}
     Energy(energies).save(tmp_path / "energy")
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]

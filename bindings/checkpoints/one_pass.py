@@ -14,6 +14,7 @@ from hftcore.bindings.checkpoints.pruning import Pruning, digest_sources
 from hftcore.bindings.checkpoints.select import Selection
 from hftcore.bindings.checkpoints.shard import Changes, Shard
 from hftcore.bindings.checkpoints.skeleton import load_skeleton
+from hftcore.bindings.checkpoints.stored import StoredTensor
 from hftcore.bindings.checkpoints.threshold import Source
 from hftcore.calibration import Batch, prepared
 from hftcore.edit import Edit
@@ -58,7 +59,7 @@ def prune_measuring(
     offloaded = Offloaded(model, targets, exclude, tokens, device, "auto")
     held = [inputs for inputs, _ in prepared(offloaded.runner, batches)]
 
-    def find(folder: Path) -> list[Layer]:
+    def find(folder: Path, _: Mapping[str, StoredTensor]) -> list[Layer]:
         return find_layers(load_skeleton(folder), targets, exclude)
 
     energy = None

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from hftcore.bindings.checkpoints.pruning import Pruning, digest_sources
 from hftcore.bindings.checkpoints.skeleton import load_skeleton
+from hftcore.bindings.checkpoints.stored import StoredTensor
 from hftcore.edit import Edit
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
@@ -53,9 +54,15 @@ def prune_folder(
         OSError: the disk is full, for example; the same call continues once there is room.
     """
     pattern = Pattern.of(pattern)
-    pruning = Pruning(
-        model, reference, lambda folder: _layers(folder, energy, score, targets, exclude), pattern, out, edit_only
-    )
+
+    def find(folder: Path, stored: Mapping[str, StoredTensor]) -> list[Layer]:
+        skeleton = load_skeleton(folder, stored)
+        if energy is not None:
+            return energy_layers(skeleton, energy, targets, exclude)
+        return find_layers(skeleton, "all-linear" if targets is None else targets, exclude)
+
+    _check_score(energy, score)
+    pruning = Pruning(model, reference, find, pattern, out, edit_only)
     measured = energy if score == "wanda" else None
     if measured is not None:
         refuse_unmeasured(measured)
@@ -67,17 +74,11 @@ def prune_folder(
     return edit
 
 
-def _layers(
-    folder: Path, energy: Energy | None, score: str, targets: Targets | None, exclude: Targets | None
-) -> list[Layer]:
+def _check_score(energy: Energy | None, score: str) -> None:
     if score not in ("wanda", "magnitude"):
         raise HftcoreError(f"score must be 'wanda' or 'magnitude' on a checkpoint folder, got {score!r}")
     if energy is None and score == "wanda":
         raise HftcoreError("energy must be an Energy (from hftcore.calibrate) for score 'wanda', got None")
-    model = load_skeleton(folder)
-    if energy is not None:
-        return energy_layers(model, energy, targets, exclude)
-    return find_layers(model, "all-linear" if targets is None else targets, exclude)
 
 
 def tell_idle(idle: Sequence[str], pattern: Pattern) -> None:

@@ -36,7 +36,7 @@ class Pruning:
 
     Args:
         model, reference, pattern, out, edit_only: as for `prune_folder`.
-        find: the layers of a checkpoint folder.
+        find: the layers of a checkpoint folder with these tensors.
 
     Fields:
         layers: those to prune.
@@ -48,7 +48,7 @@ class Pruning:
         self,
         model: str | Path,
         reference: str | Path | None,
-        find: Callable[[Path], list[Layer]],
+        find: Callable[[Path, Mapping[str, StoredTensor]], list[Layer]],
         pattern: Pattern,
         out: str | Path,
         edit_only: bool,
@@ -57,7 +57,7 @@ class Pruning:
         self._target = check_output(out, self._folders)
         self._pattern, self.edit_only = pattern, edit_only
         self.stored = list_tensors(self._folders[0])
-        self.layers = find(self._folders[0])
+        self.layers = find(self._folders[0], self.stored)
         self.pieces = {layer.tensor: _pieces(layer, self.stored) for layer in self.layers}
         self.others = None if reference is None else _others(self.layers, self.pieces, list_tensors(reference))
 

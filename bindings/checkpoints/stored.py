@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ def list_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder: name -> place.
 
     As in transformers, `model.safetensors` goes before the files that `model.safetensors.index.json` names; without either,
-    `adapter_model.safetensors`, or another index; without these, every `.safetensors` file of the folder.
+    `adapter_model.safetensors`, or another index; without these, every `.safetensors` file of the folder. Of the files that an index
+    names every tensor counts, those that the index leaves out with a warning.
 
     Raises:
         HftcoreError: no folder, no such files, an index that does not fit them, a damaged file.
@@ -121,7 +123,13 @@ def _indexed(folder: Path, index: Path) -> dict[str, StoredTensor]:
             raise HftcoreError(
                 f"{index} puts {tensor!r} into {name}, which does not hold it; copy the checkpoint again"
             )
-    return {tensor: headers[name][tensor] for tensor, name in where.items()}
+    if unnamed := seen.keys() - where.keys():
+        warnings.warn(
+            f"{index} does not name {len(unnamed)} of the tensors in its files, such as {min(unnamed)!r} in "
+            f"{seen[min(unnamed)]}; they are taken as the checkpoint's own, as from_pretrained takes them",
+            stacklevel=1,
+        )
+    return {tensor: headers[name][tensor] for tensor, name in (where | seen).items()}
 
 
 def read_header(file: str | Path) -> dict[str, StoredTensor]:

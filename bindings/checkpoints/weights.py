@@ -78,7 +78,7 @@ def build_model(folder: Path, stored: Mapping[str, StoredTensor], dtype: str, de
     Raises:
         HftcoreError: what `load_skeleton` raises.
     """
-    skeleton: Any = load_skeleton(folder)
+    skeleton: Any = load_skeleton(folder, stored)
     kind = find_dtype(skeleton.config, stored) if dtype == "auto" else getattr(torch, dtype)
     named = {**dict(skeleton.named_parameters()), **_saved_buffers(skeleton)}
     state = {

@@ -1,6 +1,8 @@
 """Where results may go: never over something, never into what is read."""
 
+import errno
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +19,8 @@ def check_output(out: str | Path, sources: Sequence[str | Path] = (), name: str 
         is_file: whether a file is to be made.
 
     Raises:
-        HftcoreError: `out` exists and is not an empty folder (or at all, for a file), it lies in a source, or in something that is no
-            folder to write in.
+        HftcoreError: `out` exists and is not an empty folder (or at all, for a file), or one that cannot be replaced, as a mount point; it
+            lies in a source, or in something that is no folder to write in.
 
     >>> check_output("/", name="--out")
     Traceback (most recent call last):
@@ -42,9 +44,27 @@ def check_output(out: str | Path, sources: Sequence[str | Path] = (), name: str 
             raise HftcoreError(
                 f"{name} must not exist yet or be an empty folder, got {out} ({found}); choose another name"
             )
+        if is_folder:
+            _check_replaceable(path, out, name)
     above = next(parent for parent in path.parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise HftcoreError(
             f"{name} must lie in a folder that can be written, got {out} in {above}; choose another place"
         )
     return path
+
+
+def _check_replaceable(folder: Path, out: str | Path, name: str) -> None:
+    """Refuse an empty folder that could not give way to the result, which comes by a rename, when all the work is done."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".hftcore-", dir=folder):
+            # the system says why it would not remove this folder, or only that it is not empty
+            os.rmdir(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return
+        reason = "a mount point, which cannot be replaced" if error.errno == errno.EBUSY else f"{error.strerror}"
+        raise HftcoreError(
+            f"{name} must not exist yet or be an empty folder that can be replaced, got {out} ({reason}); choose another name, inside it "
+            "for example"
+        ) from error

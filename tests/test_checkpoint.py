@@ -1,9 +1,14 @@
 """Edits on checkpoint folders: exact, complete or absent, and careful with damaged files."""
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +19,7 @@ from tiny_models import tiny_model, with_lora
 from transformers import AutoModelForCausalLM
 
 from hftcore import Edit, Energy, FingerprintError, HftcoreError, Pattern, prune
+from hftcore.bindings import output
 from hftcore.bindings.checkpoints import edits, rewrite
 from hftcore.bindings.checkpoints.edits import apply_edit, names_on_disk, revert_edit
 from hftcore.bindings.checkpoints.manifest import MANIFEST
@@ -286,6 +292,66 @@ def test_an_output_in_the_way_is_refused(made, tmp_path):
     apply_edit(edit, folder, tmp_path / "free")
     assert (tmp_path / "free" / "config.json").is_file()
     assert check_output(tmp_path / "new", ["owner/hub-id"]) == tmp_path / "new"
+
+
+ONTO_A_MOUNT = """
+import sys
+from hftcore import Edit, HftcoreError
+from hftcore.bindings.checkpoints.edits import apply_edit
+try:
+    apply_edit(Edit.load(sys.argv[1]), sys.argv[2], sys.argv[3])
+except HftcoreError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["-t tmpfs none", "--bind {other}"])
+def test_a_mount_point_is_refused_before_anything_is_written(made, tmp_path, kind):
+    folder, edit = made
+    edit.save(tmp_path / "edit")
+    out, other = tmp_path / "out", tmp_path / "other"
+    out.mkdir()
+    other.mkdir()
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("needs a user namespace to mount in")
+    there, before = {path.name for path in tmp_path.iterdir()}, digests(folder)
+    program = f"mount {kind.format(other=other)} {out} && {sys.executable} -c '{ONTO_A_MOUNT}' {tmp_path / 'edit'} {folder} {out}"
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(
+        r"^OUT must .* got .*out \(a mount point, which cannot be replaced\); choose another name", done.stdout
+    )
+    assert done.stdout.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == there
+    assert digests(folder) == before
+    assert not [*out.iterdir(), *other.iterdir()]
+
+
+def test_an_empty_folder_is_left_as_it_is_by_the_check_and_others_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir(mode=0o750)
+    before = (tmp_path / "out").stat()
+    assert check_output(tmp_path / "out") == tmp_path / "out"
+    after = (tmp_path / "out").stat()
+    assert (after.st_ino, after.st_mode, [*(tmp_path / "out").iterdir()]) == (before.st_ino, before.st_mode, [])
+
+    remove = os.rmdir
+
+    def refuse(path, **options):
+        if path == tmp_path / "out":
+            raise PermissionError(errno.EPERM, "Operation not permitted", path)
+        remove(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(output.os, "rmdir", refuse)
+        with pytest.raises(HftcoreError, match=r"can be replaced, got .*out \(Operation not permitted\); choose"):
+            check_output(tmp_path / "out")
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 def entry(start=0, stop=4, dtype="F32", shape=(1,)):

@@ -14,16 +14,22 @@ from hftcore.shards import is_sharded
 
 @dataclass(eq=False)
 class ExpertsRule(LinearRule):
-    """The fused parameter of `layer`, or with `expert` the part of one of them; `parameters` are those of the whole."""
+    """The fused parameter of `layer`, or with `expert` the part of one of them; `parameters` are those of the whole.
+
+    `sums` are the gradients of all experts on their way to a sharded parameter, and `is_last` tells that with this expert they are
+    complete: a process adds up those it used, as many as they may be, and all processes exchange the whole once.
+    """
 
     layer: Layer = field(kw_only=True)
     expert: int | None = None
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    is_last: bool = False
 
     def __post_init__(self) -> None:
         self.transposed = self.layer.transposed
 
     def of(self, expert: int) -> "ExpertsRule":
-        return ExpertsRule(self.name, self.module, self.parameters, layer=self.layer, expert=expert)
+        return ExpertsRule(self.name, self.module, self.parameters, layer=self.layer, expert=expert, sums=self.sums)
 
     def parameter(self, own: str) -> nn.Parameter:
         suffix = "_bias" if own == "bias" else ""
@@ -34,6 +40,13 @@ class ExpertsRule(LinearRule):
 
     def add_gradient(self, own: str, value: Tensor) -> None:
         parameter = self.parameter(own)
+        if is_sharded(parameter):
+            if own not in self.sums:
+                self.sums[own] = torch.zeros(parameter.shape, dtype=value.dtype, device=value.device)
+            self.sums[own][self.expert] += value
+            if self.is_last:
+                super().add_gradient(own, self.sums.pop(own))
+            return
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         parameter.grad[self.expert] += value.to(parameter.dtype)
@@ -53,6 +66,7 @@ class Pool:
                 self._whole[own] = torch.zeros_like(rule.parameter(own))
             self._whole[own][rule.expert] = value
         self.open -= 1
+        rule.is_last = not self.open
         return {} if self.open else self._whole
 
 
@@ -75,11 +89,6 @@ def find_experts(model: nn.Module, names: dict[nn.Parameter, str]) -> list[Exper
                     raise HftcoreError(
                         f"per-sample gradients of parameter {parameters.get('weight')!r} are not known: its layout in a "
                         f"{type(module).__name__} is not; freeze it (requires_grad_(False))"
-                    )
-                if any(is_sharded(module._parameters[parts[part]]) for part in parameters):
-                    raise HftcoreError(
-                        f"per-sample gradients of parameter {next(iter(parameters.values()))!r} are not known under FSDP2: processes use "
-                        "experts of their own; freeze it (requires_grad_(False))"
                     )
                 layer = Layer(f"{name}.{own}", f"{name}.{own}", module, own, transposed)
                 rules.append(ExpertsRule(name, module, parameters, layer=layer))

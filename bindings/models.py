@@ -28,8 +28,10 @@ def linear_like(module: nn.Module) -> tuple[str, bool] | None:
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, bool | None]]]:
     """Modules that hold the weights of all experts in 3-D parameters, with their orientation where it is known."""
     for name, module in model.named_modules():
+        if "Expert" not in type(module).__name__:
+            continue
         fused = [key for key, value in module.named_parameters(recurse=False) if value.dim() == 3]
-        if not fused or "Expert" not in type(module).__name__:
+        if not fused:
             continue
         # transformers writes these flags on every class that takes part in its experts interface
         known = hasattr(module, "is_transposed") and hasattr(module, "has_gate") and set(fused) <= set(PROJECTIONS)

@@ -13,19 +13,18 @@ from hftcore.grad_rules import Conv1DRule, EmbeddingRule, LinearRule, NormRule, 
 SHARED_PROMPTS = ("PromptEmbedding", "MultitaskPromptEmbedding", "PromptEncoder")
 
 
-def find_rules(model: nn.Module) -> list[Rule]:
-    """The rule of every module that has parameters to train.
+def find_rules(model: nn.Module, names: dict[nn.Parameter, str]) -> list[Rule]:
+    """The rule of every module that has parameters to train; `names` are those of all parameters.
 
     Raises:
         HftcoreError: a trained parameter belongs to a module of no known kind; nothing is trained.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    _refuse_dora(model)
     rules: list[Rule] = [*find_experts(model, names)]
     fused = {rule.module for rule in rules}
     for name, module in model.named_modules():
         if module in fused:
             continue
+        _refuse_dora(name, module)
         if type(module).__name__ in SHARED_PROMPTS and any(p.requires_grad for p in module.parameters()):
             raise HftcoreError(
                 f"per-sample gradients of {name!r} ({type(module).__name__}) are not known: its prompt is looked up once for the whole "
@@ -49,14 +48,13 @@ def find_rules(model: nn.Module) -> list[Rule]:
     return rules
 
 
-def _refuse_dora(model: nn.Module) -> None:
+def _refuse_dora(name: str, module: nn.Module) -> None:
     """Its magnitudes have no rule, and beside the batch its factors multiply an identity matrix, whose rows are no samples'."""
-    for name, module in model.named_modules():
-        is_dora = bool(len(getattr(module, "lora_magnitude_vector", ())))
-        if is_dora and any(p.requires_grad for own, p in module.named_parameters() if own.startswith("lora_")):
-            raise HftcoreError(
-                f"per-sample gradients of layer {name!r} are not known: its LoRA is DoRA; train with use_dora=False, or freeze it"
-            )
+    is_dora = bool(module._modules.get("lora_magnitude_vector"))
+    if is_dora and any(p.requires_grad for own, p in module.named_parameters() if own.startswith("lora_")):
+        raise HftcoreError(
+            f"per-sample gradients of layer {name!r} are not known: its LoRA is DoRA; train with use_dora=False, or freeze it"
+        )
 
 
 def _rule(name: str, module: nn.Module) -> Rule | None:

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -62,31 +62,32 @@ def capture_grad_norms(
             "norms_only leaves no gradients for DistributedDataParallel to exchange; give capture_grad_norms the module that it wraps, "
             "model.module, and call that"
         )
-    norms = GradNorms(model, SampleLoss(loss, loss_scale), Ledger(norms_only, keep))
-    watch = Watch(model, norms._loss, norms._ledger)
+    watch = Watch(model, SampleLoss(loss, loss_scale), Ledger(norms_only, keep))
+    norms = GradNorms(model, list(watch.trained), watch.loss, watch.ledger)
     with watch.hooked(), _uncompiled():
         yield norms
-    norms._ledger.close()
+    watch.ledger.close()
     norms._check(watch.touched)
 
 
 class GradNorms:
     """The norms of each sample's gradient; see `capture_grad_norms`."""
 
-    def __init__(self, model: nn.Module, loss: SampleLoss, ledger: Ledger):
+    def __init__(self, model: nn.Module, names: list[str], loss: SampleLoss, ledger: Ledger):
+        self._model = model
         self._loss = loss
         self._ledger = ledger
-        self._layers = _layers(model)
+        self._names = names
 
     @property
     def per_sample(self) -> Tensor:
         """[B] float32: the norm of each sample's gradient over all trained parameters."""
-        return torch.stack(list(self._scaled_squares().values())).sum(dim=0).sqrt()
+        return self._scaled_squares().sum(dim=0).sqrt()
 
     @property
     def per_parameter(self) -> dict[str, Tensor]:
         """Parameter name -> [B] float32; the squares add up to that of `per_sample`. Tied weights are one parameter."""
-        return {name: square.sqrt() for name, square in self._scaled_squares().items()}
+        return dict(zip(self._names, self._scaled_squares().sqrt(), strict=True))
 
     @property
     def per_layer(self) -> dict[str, Tensor]:
@@ -96,8 +97,8 @@ class GradNorms:
         ("model.embed_tokens", "model.norm", "lm_head"), in the order of the model. A tied weight counts with the first of its modules.
         """
         parts: dict[str, list[Tensor]] = {}
-        for name, square in self._scaled_squares().items():
-            parts.setdefault(self._layers[name], []).append(square)
+        for part, square in zip(_parts(self._model, self._names), self._scaled_squares(), strict=True):
+            parts.setdefault(part, []).append(square)
         return {part: torch.stack(squares).sum(dim=0).sqrt() for part, squares in parts.items()}
 
     def backward(self, weights: Tensor) -> None:
@@ -136,26 +137,28 @@ class GradNorms:
                 f"parameter {outside[0]!r} got a gradient from outside the forward pass of its module, "
                 "which its norm would miss; freeze it"
             )
-        for name, square in self._scaled_squares().items():
-            if not bool(square.isfinite().all()):
-                sample = int((~square.isfinite()).nonzero()[0])
-                raise NonFiniteError(
-                    f"the gradient of parameter {name!r} is NaN or infinite for sample {sample}; look at the loss and the data"
-                )
+        bad = (~self._scaled_squares().isfinite()).nonzero()
+        if len(bad):
+            row, sample = bad[0].tolist()
+            raise NonFiniteError(
+                f"the gradient of parameter {self._names[row]!r} is NaN or infinite for sample {sample}; look at the loss and the data"
+            )
         if self._loss.unsupervised:
             warnings.warn(
                 f"samples {self._loss.unsupervised} have no supervised token (all labels -100): their norm is 0",
                 stacklevel=4,
             )
 
-    def _scaled_squares(self) -> dict[str, Tensor]:
+    def _scaled_squares(self) -> Tensor:
+        """[trained parameters, B] float32"""
         squares = self._ledger.squares()
         if not squares:
             raise HftcoreError("no backward pass ran in the capture_grad_norms block; call loss.backward() inside it")
         device = next(iter(squares.values())).device
         scale = self._loss.scale(device).square()
         none = torch.zeros(self._loss.samples, dtype=torch.float32, device=device)
-        return {name: (squares.get(name, none).to(device).double() * scale).float() for name in self._layers}
+        every = torch.stack([squares.get(name, none).to(device) for name in self._names])
+        return (every.double() * scale).float()
 
 
 def _uncompiled() -> AbstractContextManager[None]:
@@ -164,14 +167,11 @@ def _uncompiled() -> AbstractContextManager[None]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-def _layers(model: nn.Module) -> dict[str, str]:
-    """Name of each trained parameter -> the part of the model that it counts with."""
-    names = {module: name for name, module in model.named_modules()}
-    has_blocks = any(isinstance(module, nn.ModuleList) and len(module) for module in model.modules())
-    found = tuple(f"{names[block]}." for block in (blocks(model) if has_blocks else ()))
-    parts = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            inside = next((block for block in found if name.startswith(block)), "")
-            parts[name] = (inside or name[: name.rfind(".") + 1]).removesuffix(".")
-    return parts
+def _parts(model: nn.Module, names: Sequence[str]) -> Iterator[str]:
+    """Of each named parameter, the part of the model that it counts with."""
+    modules = {module: name for name, module in model.named_modules()}
+    has_blocks = any(isinstance(module, nn.ModuleList) and len(module) for module in modules)
+    found = tuple(f"{modules[block]}." for block in (blocks(model) if has_blocks else ()))
+    for name in names:
+        inside = next((block for block in found if name.startswith(block)), "")
+        yield (inside or name[: name.rfind(".") + 1]).removesuffix(".")

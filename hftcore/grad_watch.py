@@ -18,6 +18,7 @@ from hftcore.grad_ledger import Ledger
 from hftcore.grad_loss import SampleLoss
 from hftcore.grad_rules import EmbeddingRule, LinearRule, RouterRule, Rule
 from hftcore.layers import Layer, adapters, body
+from hftcore.ops.gradients import host_kernels
 from hftcore.shards import is_sharded
 
 
@@ -35,7 +36,9 @@ class Watch:
 
     def __init__(self, model: nn.Module, loss: SampleLoss, ledger: Ledger):
         self.model = model
-        self.rules = find_rules(model)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.trained = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
+        self.rules = find_rules(model, names)
         self.loss = loss
         self.ledger = ledger
         self.touched: set[str] = set()
@@ -56,9 +59,8 @@ class Watch:
             for root in {self.model, body(self.model)}:
                 stack.callback(root.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True).remove)
                 stack.callback(root.register_forward_hook(self._leave, always_call=True).remove)
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    stack.callback(parameter.register_hook(partial(self._touch, name)).remove)
+            for name, parameter in self.trained.items():
+                stack.callback(parameter.register_hook(partial(self._touch, name)).remove)
             for rule in self.rules:
                 stack.callback(self._show, rule)
                 hide = lambda module, args, rule=rule: self._hide(rule)  # noqa: E731
@@ -201,7 +203,10 @@ class Watch:
         if call.tokens is None:
             self._check_rows(call.rule, x)
         parameters = [call.rule.parameter(own) for own in call.rule.parameters]
-        return _Tap.apply(weakref.ref(self), call, x, factor, output, *parameters)
+        weight = _multiplier(call, x, output)
+        if weight is not None:
+            output = output.detach()
+        return _Tap.apply(weakref.ref(self), call, x, factor, output, weight, *parameters)
 
     def _broadcast(self, rule: Rule, ids: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Positions shared by the batch get one row for each sample, which what they are added to has anyway."""
@@ -265,12 +270,22 @@ class _LinearMode(TorchFunctionMode):
 class _Tap(torch.autograd.Function):
     """The identity on a module's output; its backward pass hands the module's input and output gradient over.
 
-    As autograd pairs them itself, they fit whatever gradient checkpointing runs again, and however often a module is called.
+    As autograd pairs them itself, they fit whatever gradient checkpointing runs again, and however often a module is called. Given the
+    weight of a linear layer, it forms the gradient of x itself, and `output` must have no history.
     """
 
     @staticmethod
-    def forward(ctx: Any, watch: Any, call: Call, x: Tensor, factor: float | Tensor, output: Tensor, *_: Tensor) -> Any:
-        ctx.save_for_backward(x)
+    def forward(
+        ctx: Any,
+        watch: Any,
+        call: Call,
+        x: Tensor,
+        factor: float | Tensor,
+        output: Tensor,
+        weight: Tensor | None,
+        *_: Tensor,
+    ) -> Any:
+        ctx.save_for_backward(x, weight)
         ctx.watch, ctx.call, ctx.factor = watch, call, factor
         return output.detach()
 
@@ -279,10 +294,21 @@ class _Tap(torch.autograd.Function):
         watch = ctx.watch()
         if watch is None or not watch.is_open:
             raise HftcoreError("the backward pass must run inside the capture_grad_norms block of its forward pass")
-        (x,) = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False), torch.no_grad():
             own = watch.take(ctx.call, x.detach(), g if isinstance(ctx.factor, float) else g * ctx.factor)
-        return None, None, None, None, g, *own
+            of_input = None if weight is None else host_kernels(g, weight).input_gradient(g, weight)
+        return None, None, of_input, None, g, None, *own
+
+
+def _multiplier(call: Call, x: Tensor, output: Tensor) -> Tensor | None:
+    """The weight, where the gradient of a linear layer's input is formed faster here than by autograd."""
+    if type(call.rule) is not LinearRule or call.tokens is not None or not x.requires_grad:
+        return None
+    weight = call.rule.parameter("weight").detach()
+    # under autocast they differ
+    is_plain = x.dtype == output.dtype == weight.dtype
+    return weight if is_plain and host_kernels(output, weight).is_input_gradient(output, weight) else None
 
 
 def _is_backward() -> bool:

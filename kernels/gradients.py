@@ -54,6 +54,16 @@ def is_direct_with_gradient(T: int, M: int, N: int, has_gram: bool = False) -> b
     return ghost_cost(T, M, 0 if has_gram else N) > (SQUARE + SHARE) * M * N
 
 
+def is_input_gradient(g: Tensor, weight: Tensor) -> bool:
+    """Whether `input_gradient` costs less than the product that autograd forms; `g` may be any tensor of its shape and dtype."""
+    return False
+
+
+def input_gradient(g: Tensor, weight: Tensor) -> Tensor:
+    """[..., N]: the gradient of x in x W^T, from that of the result, [..., M], and W [M, N]."""
+    return g @ weight
+
+
 def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
     if is_ghost(x.shape[1], g.shape[2], x.shape[2], gram is not None):
         return ghost(x, g, gram)

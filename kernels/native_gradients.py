@@ -5,11 +5,13 @@ product g^T x where the processor has AVX-512 but PyTorch's products make half u
 gradient beside the norms costs hardly more, so that a model's own gradients come from here too.
 """
 
+import torch
 from torch import Tensor
 
 from hftcore.kernels import native
 
 FEW = 16  # tokens of a sample: below, adding its share to the gradient's tile costs more than the product
+LEAST = 64  # rows, and features of either side, of a product that is faster here than PyTorch's
 
 direct = native.direct
 direct_with_gradient = native.direct_with_gradient
@@ -24,6 +26,18 @@ def is_ghost(T: int, M: int, N: int, has_gram: bool = False) -> bool:
 
 def is_direct_with_gradient(T: int, M: int, N: int, has_gram: bool = False) -> bool:
     return T >= FEW
+
+
+def is_input_gradient(g: Tensor, weight: Tensor) -> bool:
+    is_large = min(g.numel() // max(1, g.shape[-1]), *weight.shape) >= LEAST
+    return is_large and g.dtype == weight.dtype == torch.float32 and native.simd().startswith("avx512")
+
+
+def input_gradient(g: Tensor, weight: Tensor) -> Tensor:
+    """As that of `gradients.py`; the same bits whatever the thread count."""
+    # the sum over output features is one over "tokens" of a single sample
+    rows = g.reshape(1, -1, g.shape[-1])
+    return native.direct_with_gradient(weight[None], rows.mT)[1].view(*g.shape[:-1], weight.shape[1])
 
 
 def grad_norms_sq(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:

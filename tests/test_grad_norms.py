@@ -12,10 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.grad_norms import capture_grad_norms
+from hftcore.kernels import native_gradients
 
 RTOL = 1e-5  # float32 forward and backward passes of two blocks against float64
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def small_products_are_worth_it(monkeypatch):
+    """The models of these tests are smaller than what the native library forms the inputs' gradients of."""
+    monkeypatch.setattr(native_gradients, "LEAST", 1)
 
 
 def oracle(model, one, loss="mean"):
@@ -133,6 +140,49 @@ def test_both_ways_of_forming_gradients_agree(is_direct, monkeypatch):
         model, one = tiny_model(name), batch((7, 4))
         assert_norms(run(model, one), oracle(model, one))
         assert_plain_gradients(model, one, gradients(model))
+
+
+@pytest.mark.parametrize("norms_only", [True, False])
+def test_gradients_of_inputs_are_those_of_autograd_whoever_forms_them(norms_only, monkeypatch):
+    """What comes before the first module watched gets them too, also where an own hook changes the gradient."""
+    model, one = tiny_model("opt").requires_grad_(False), batch((7, 4))
+    for part in model.model.decoder.layers[1:].modules():
+        if isinstance(part, nn.Linear):
+            part.requires_grad_(True)
+    last = model.model.decoder.layers[1].fc1
+    last.register_full_backward_hook(lambda module, grad_input, grad_output: (grad_input[0] * 3,))
+    last.register_forward_hook(lambda module, args, output: output * 2)
+    embeds = model.get_input_embeddings()(one["input_ids"])
+
+    def gradient(capture):
+        x = embeds.clone().requires_grad_(True)
+        rest = {key: value for key, value in one.items() if key != "input_ids"}
+        if capture:
+            with capture_grad_norms(model, norms_only=norms_only):
+                model(inputs_embeds=x, **rest).loss.backward()
+        else:
+            model(inputs_embeds=x, **rest).loss.backward()
+        return x.grad
+
+    want = gradient(capture=False)
+    for least in (1, 1 << 30):
+        monkeypatch.setattr(native_gradients, "LEAST", least)
+        torch.testing.assert_close(gradient(capture=True), want, rtol=1e-5, atol=1e-7 * float(want.abs().max()))
+
+
+def test_weight_that_changed_before_the_backward_pass_is_refused():
+    """As autograd does, for the gradients of the inputs would be those of another model."""
+    model, one = tiny_model("llama"), batch((7, 4))
+
+    def step():
+        with capture_grad_norms(model, norms_only=True):
+            value = model(**one).loss
+            with torch.no_grad():
+                model.model.layers[1].mlp.up_proj.weight.mul_(2)
+            value.backward()
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        step()
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "opt"])

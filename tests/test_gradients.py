@@ -194,6 +194,34 @@ def test_native_results_are_float32_whatever_the_default_dtype():
 
 
 @needs_native
+@pytest.mark.parametrize("shape", [(3, 50, 200, 130), (1, 1, 7, 5), (2, 100, 64, 64), (0, 3, 2, 4)], ids=str)
+def test_gradient_of_a_linear_input_is_that_of_autograd(shape, simd):
+    B, T, N, M = shape
+    weight, g = torch.randn(M, N), torch.randn(B, T, M)
+    x = torch.randn(B, T, N, requires_grad=True)
+    torch.nn.functional.linear(x, weight).backward(g)
+    found = native_gradients.input_gradient(g, weight)
+    want = g.double() @ weight.double()
+    assert found.shape == x.grad.shape
+    for got in (found, native_gradients.input_gradient(g.mT.contiguous().mT, weight), x.grad):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6 * M)
+    assert torch.equal(gradients.input_gradient(g, weight), x.grad)
+
+
+@needs_native
+def test_gradient_of_a_linear_input_is_formed_here_where_that_is_faster():
+    g, weight = torch.empty(8, 8, 64), torch.empty(64, 64)
+    for simd in native.simds():
+        with native.use_simd(simd):
+            faster = simd.startswith("avx512")
+            assert native_gradients.is_input_gradient(g, weight) == faster
+            assert not native_gradients.is_input_gradient(g[:, 1:], weight)
+            assert not native_gradients.is_input_gradient(g, weight[:, 1:])
+            assert not native_gradients.is_input_gradient(g.bfloat16(), weight.bfloat16())
+    assert not gradients.is_input_gradient(g, weight)
+
+
+@needs_native
 def test_native_direct_form_of_nothing_and_nan(simd):
     for B, T, M, N in [(0, 3, 2, 2), (2, 0, 3, 2), (2, 3, 0, 4)]:
         squares, gradient = native.direct_with_gradient(torch.ones(B, T, N), torch.ones(B, T, M))

@@ -82,7 +82,7 @@ def step_job(step: Step) -> Callable[[str, torch.dtype, torch.device], Job]:
                 ours, theirs.to(ours), rtol=2e-2 if dtype == torch.bfloat16 else 1e-3
             ),
             ceilings={PLAIN_STEP: plain},
-            rounds=3 if length > 128 else 5,
+            rounds=5 if length > 128 else 15,
             holds_memory=True,
             is_long=length > 128,
             close=close,

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -295,10 +295,15 @@ class _Tap(torch.autograd.Function):
         if watch is None or not watch.is_open:
             raise HftcoreError("the backward pass must run inside the capture_grad_norms block of its forward pass")
         x, weight = ctx.saved_tensors
-        with torch.autocast(g.device.type, enabled=False), torch.no_grad():
+        with _without_autocast(g.device.type), torch.no_grad():
             own = watch.take(ctx.call, x.detach(), g if isinstance(ctx.factor, float) else g * ctx.factor)
             of_input = None if weight is None else host_kernels(g, weight).input_gradient(g, weight)
         return None, None, of_input, None, g, None, *own
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    # entering the block costs as much as a small kernel
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _multiplier(call: Call, x: Tensor, output: Tensor) -> Tensor | None:

@@ -1,7 +1,11 @@
 """What several processes gain and what they pay: calibration on their batches, and exact selection on weights that they share.
 
-Started by `hftcore-bench ranks`; each process of the group runs this file. Everything is compared with what a process does alone
-within the same run, in turns, while the others wait.
+Started by `hftcore-bench ranks`; each process of the group runs this file. Calibration on all batches is compared with that of one
+process while the others wait; selection with what one process does on the same part of the weights where nobody holds more, all
+processes at the same time, so that they share the memory's bandwidth either way.
+
+A time ends when the last process is done, with or without the others: taken on one process alone, selection together would have in it
+the wait for whichever process the machine slowed down in that round, and selection by itself would not.
 """
 
 import json
@@ -18,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import hftcore
 from hftcore.backend import backend_for
@@ -29,9 +34,13 @@ from hftcore.bench.scaling import ALONE, CALIBRATED, ONE, PATTERNS, SIDE, select
 from hftcore.bench.timing import Neighbours, is_noisy, paired_ratio
 from hftcore.distributed import Shard, sharded_masks
 from hftcore.errors import HftcoreError
-from hftcore.ranks import reduce
+from hftcore.ops import prune_mask
+from hftcore.pattern import Pattern
+from hftcore.ranks import gather, summed
+from hftcore.selection import find_cut
 
 RANKS = (1, 2, 4)
+SELECTIONS = 5  # times as many rounds of selection, which are short
 BATCHES, SAMPLES, TOKENS = 8, 2, 128
 
 
@@ -96,17 +105,24 @@ def lines(found: dict[str, Any]) -> list[Measurement]:
     ]
 
 
-def in_turns(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """NAME_s and NAME_cpu_s by round: seconds, and CPU seconds of this process; all processes begin a variant together."""
+def in_turns(
+    variants: dict[str, Callable[[], object]], rounds: int, cpu: Callable[[list[float]], float]
+) -> dict[str, list[float]]:
+    """NAME_s and NAME_cpu_s by round: seconds until all processes are done, and `cpu` of the CPU seconds that each of them took.
+
+    All processes begin a variant together, and each variant is the first of every second round.
+    """
     times: dict[str, list[float]] = {f"{name}_{kind}": [] for name in variants for kind in ("s", "cpu_s")}
     for turn in range(rounds + 1):
-        for name, call in variants.items():
+        for name in list(variants) if turn % 2 else reversed(variants):
             dist.barrier()
             start, spent = time.perf_counter(), time.process_time()
-            call()
+            variants[name]()
+            took = torch.tensor([time.perf_counter() - start, time.process_time() - spent], dtype=torch.float64)
+            walls, spents = gather(took, dist.group.WORLD).t().tolist()
             if turn:  # the first only warms up
-                times[f"{name}_s"].append(time.perf_counter() - start)
-                times[f"{name}_cpu_s"].append(time.process_time() - spent)
+                times[f"{name}_s"].append(max(walls))
+                times[f"{name}_cpu_s"].append(cpu(spents))
     return times
 
 
@@ -127,7 +143,7 @@ def calibration(rank: int, count: int, rounds: int) -> dict[str, list[float]]:
             hftcore.calibrate(model, batches)
         dist.barrier()
 
-    return in_turns({"alone": alone, "shared": shared}, rounds)
+    return in_turns({"alone": alone, "shared": shared}, rounds, max)
 
 
 @contextmanager
@@ -153,19 +169,35 @@ def counted() -> Iterator[dict[str, int]]:
             setattr(dist, name, call)
 
 
-def selection(rank: int, count: int, size: int, pattern: str, rounds: int, alone: Any) -> dict[str, Any]:
+def masks_alone(shards: Sequence[Shard], pattern: Pattern) -> list[Tensor]:
+    """The masks of what this process holds as if it were all there is, the way one process makes them."""
+    if pattern.scope == "row":
+        return [prune_mask(shard.weight, shard.energy, pattern) for shard in shards]
+    sizes = [(shard.weight.shape[0], shard.weight.shape[1]) for shard in shards]
+    count, invert = pattern.low_count(sum(rows * columns for rows, columns in sizes))
+    cut = find_cut([shard.part for shard in shards], sizes, count)
+    masks = [shard.empty_mask() for shard in shards]
+    for shard, quota, mask in zip(shards, cut.quotas, masks, strict=True):
+        shard.part().call("cut", cut.key, quota, invert, mask)
+    return masks
+
+
+def selection(rank: int, count: int, size: int, pattern: str, rounds: int) -> dict[str, Any]:
     """Masks of `size` matrices, of which each process holds its share of the rows, against the same work without the others."""
     draw = torch.Generator().manual_seed(rank)
     rows = SIDE // count
     noise = torch.randn(rows, SIDE, generator=draw).bfloat16()
     energy = torch.rand(SIDE, generator=torch.Generator().manual_seed(9))
-    shards = [Shard(noise * (1 + 0.01 * number), energy, "rows") for number in range(size)]
+    shards = [
+        Shard(noise * (1 + 0.01 * number), energy, (rows * count, SIDE), row=rows * rank) for number in range(size)
+    ]
     times = in_turns(
         {
-            "alone": lambda: sharded_masks(shards, pattern, alone),
+            "alone": lambda: masks_alone(shards, Pattern.of(pattern)),
             "shared": lambda: sharded_masks(shards, pattern, dist.group.WORLD),
         },
         rounds,
+        sum,
     )
     with counted() as counts:
         sharded_masks(shards, pattern, dist.group.WORLD)
@@ -178,13 +210,12 @@ def take_part(rank: int, order: dict[str, Any]) -> dict[str, Any]:
     count, rounds = order["count"], order["rounds"]
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{order['port']}", rank=rank, world_size=count)
     small = torch.zeros(4, dtype=torch.int64)
-    latency = in_turns({"round": lambda: reduce(dist.group.WORLD, small, "sum")}, 50)["round_s"]
+    latency = in_turns({"round": lambda: summed(small, dist.group.WORLD)}, 50, sum)["round_s"]
     found: dict[str, Any] = {"ranks": count, "round_us": 1e6 * statistics.median(latency)}
     if order["calibrates"]:
         found["calibration"] = calibration(rank, count, rounds)
-    alone = [dist.new_group([one]) for one in range(count)][rank]
     found["selection"] = [
-        selection(rank, count, size, pattern, rounds, alone) for size in order["sizes"] for pattern in PATTERNS
+        selection(rank, count, size, pattern, SELECTIONS * rounds) for size in order["sizes"] for pattern in PATTERNS
     ]
     dist.barrier()
     dist.destroy_process_group()
@@ -227,7 +258,7 @@ def tables(found: Sequence[dict[str, Any]]) -> str:
         [
             "Calibration, seconds: all batches on one process with one thread, and spread over all.",
             table(["ranks", "one", "all", "times faster", "in CPU time"], calibrated),
-            "Exact selection, milliseconds: each process on its rows by itself, and all of them together.",
+            "Exact selection, milliseconds until the last process is done: each on its rows by itself, and all together.",
             table(
                 [
                     "ranks",

@@ -1,14 +1,13 @@
 """Exact selection on weights that several processes hold together (torch.distributed): the same mask as on one, bit for bit.
 
 Each process keeps its rows, its columns or its experts of a matrix and learns its part of the mask. What travels are counts: a
-histogram of 2,048 bins for each pass over a matrix or a model, and for rows cut by columns 31 counts a row; never weights or scores.
+histogram of 2,048 bins a round for each matrix or model, and for rows cut by columns 31 counts a row; never weights or scores.
 A process that dies ends the others with an error, at the latest after the group's timeout, before anything is changed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,34 +16,43 @@ from torch import Tensor
 from hftcore import checks, ops
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels.reference import FINITE, keys, pack
+from hftcore.parts import Part, Place
 from hftcore.pattern import Pattern
-from hftcore.ranks import AT_ONCE, gather, reduce, together
-from hftcore.selection import Part, Threshold, find_threshold, first_ties
-
-Cutting = Literal["rows", "columns", "whole"]
+from hftcore.ranks import gather, side_by_side, size_of, summed, together
+from hftcore.selection import search_cut
 
 BAND = 1 << 23  # scores in memory at a time; each takes some 13 bytes
+SIDE_BY_SIDE = 64  # matrices whose rounds are shared; each has up to 3 MB of keys in memory
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What this process holds of one matrix; over the ranks of the group, in their order, the shards make the whole.
+    """What this process holds of one matrix: some of its rows and columns, all of them, or nothing.
 
     Fields:
         weight: [m, n] float32, bfloat16 or float16; may be empty.
         energy: [n] float32, of these columns.
-        cut: "rows": the ranks hold rows one below the other (fused experts too, seen as [E * M, N], whatever their matrices);
-            "columns": columns side by side; "whole": each process holds all of it.
+        whole: (M, N), the shape of the whole matrix. The shards of all processes lie side by side in it and fill it.
+        row, column: where in it the first weight lies.
         reference: of the shape of `weight`, or None.
+        is_counted: False where another process gives the same part and this one repeats it.
     """
 
     weight: Tensor
     energy: Tensor
-    cut: Cutting
+    whole: tuple[int, int]
+    row: int = 0
+    column: int = 0
     reference: Tensor | None = None
+    is_counted: bool = True
 
     def part(self) -> Part:
         return Part(self.weight.detach(), checks.norm(self.energy, self.weight), self.reference)
+
+    def empty_mask(self) -> Tensor:
+        """The mask that removes nothing."""
+        rows, columns = self.weight.shape
+        return torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=self.weight.device)
 
 
 def sharded_mask(shard: Shard, pattern: Pattern | str, group: Any = None) -> Tensor:
@@ -53,7 +61,8 @@ def sharded_mask(shard: Shard, pattern: Pattern | str, group: Any = None) -> Ten
     Args:
         shard: what this process holds.
         pattern: scope "row" or "matrix", or "n:m"; no blocks.
-        group: of torch.distributed; None: all processes. Every one of them makes the same call.
+        group: of torch.distributed, or a tuple of those of a device mesh's dimensions: the processes that hold the matrix together, for
+            scope "row" those that hold the same rows of it; None: all processes. Every one of them makes the same call.
 
     Returns:
         [m, ceil(n / 8)] uint8, 1 = removed. The weights are not changed.
@@ -74,158 +83,122 @@ def sharded_masks(shards: Sequence[Shard], pattern: Pattern | str, group: Any = 
         shards: what this process holds of each matrix, sorted by tensor name, the same matrices on every process; where a process
             holds nothing of one, an empty shard stands for it.
         pattern: as for `sharded_mask`, or of scope "model", which compares the weights of all matrices.
-        group: of torch.distributed; None: all processes. Every one of them makes the same call.
+        group: as for `sharded_mask`.
 
     Returns and raises: as `sharded_mask`, for each shard.
     """
     pattern = Pattern.of(pattern)
-    _check(shards, pattern, group)
-    if not shards:
-        return []
+    group = dist.group.WORLD if group is None else group
+    if pattern.scope == "row":
+        return _row_masks(shards, pattern, group)
+    with together(group) as word:
+        _check(shards, pattern, word.same)
     if pattern.scope == "model":
-        return _group_masks(shards, pattern, group)
-    if pattern.scope == "matrix":
-        return [_group_masks([shard], pattern, group)[0] for shard in shards]
-    _refuse_nonfinite(shards, group)
-    return [
-        ops.prune_mask(shard.weight, shard.energy, pattern, shard.reference)
-        if shard.cut != "columns" or pattern.group is not None
-        else _mask_of_cut_rows(shard, pattern, group)
-        for shard in shards
-    ]
-
-
-def _group_masks(shards: Sequence[Shard], pattern: Pattern, group: Any) -> list[Tensor]:
-    """Masks under one threshold: histograms are added up, and ties counted in the order of position."""
-    add = partial(reduce, group)
-    # what all hold counts once
-    counted = [shard for shard in shards if shard.cut != "whole" or dist.get_rank(group) == 0]
-    sizes = [(shard.weight.shape[0], shard.weight.shape[1]) for shard in counted]
-    total = add(torch.tensor([sum(rows * columns for rows, columns in sizes)]), "sum")
-    count, invert = pattern.low_count(int(total))
-    found = find_threshold([shard.part for shard in counted], sizes, count, add)
+        return _masks_of_groups([shards] if shards else [], pattern, group)
     masks = []
-    for shard, quota in zip(shards, _quotas(shards, found, group), strict=True):
-        rows, columns = shard.weight.shape
-        mask = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=shard.weight.device)
-        shard.part().call("cut", found.key, quota.to(mask.device), invert, mask)
-        masks.append(mask)
+    for start in range(0, len(shards), SIDE_BY_SIDE):
+        masks += _masks_of_groups([[shard] for shard in shards[start : start + SIDE_BY_SIDE]], pattern, group)
     return masks
 
 
-def _quotas(shards: Sequence[Shard], found: Threshold, group: Any) -> Iterator[Tensor]:
-    """[rows] of each shard: how many of the ties in each of its rows are among the first `found.need` of all.
-
-    What has to be known of the others, their ties row by row where they hold the same rows, else their sum, travels for many
-    shards in one round.
-    """
-    if found.need in (0, found.ties):
-        for shard in shards:
-            rows, columns = shard.weight.shape
-            yield torch.full((rows,), columns if found.need else 0, dtype=torch.int64)
-        return
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    need = found.need
-    for few in _by_room(shards, AT_ONCE // ranks):
-        ties = [shard.part().call("tie_counts", found.key).cpu() for shard in few]
-        told = [own if shard.cut == "columns" else own.sum().view(1) for own, shard in zip(ties, few, strict=True)]
-        everyone = gather(torch.cat(told), group).split([len(part) for part in told], dim=1)
-        for own, shard, said in zip(ties, few, everyone, strict=True):
-            if shard.cut == "columns":
-                # row-major order goes through the ranks once in every row
-                yield first_ties(said.t().flatten(), need).view(len(own), ranks)[:, rank]
-                total = int(said.sum())
-            else:
-                # every process holds all of what is whole
-                ahead, total = (
-                    (0, int(said[rank])) if shard.cut == "whole" else (int(said[:rank].sum()), int(said.sum()))
-                )
-                yield first_ties(own, max(0, need - ahead))
-            need = max(0, need - total)
-
-
-def _by_room(shards: Sequence[Shard], room: int) -> Iterator[list[Shard]]:
-    """The shards in turn, so many at a time that what a process tells of them is at most `room` numbers; the same on every process."""
-    few: list[Shard] = []
-    used = 0
+def _check(shards: Sequence[Shard], pattern: Pattern, same: list[Any]) -> None:
+    """Refuse what does not fit, and tell what must be the same on all processes."""
+    same += [str(pattern), *(tuple(shard.whole) for shard in shards)]
+    if pattern.block is not None:
+        raise HftcoreError("block is not there for sharded weights; leave it out, or gather the matrix")
     for shard in shards:
-        size = len(shard.weight) if shard.cut == "columns" else 1
-        if few and used + size > room:
-            yield few
-            few, used = [], 0
-        few.append(shard)
-        used += size
-    yield few
+        checks.weight(shard.weight, shard.reference)
+        checks.norm(shard.energy, shard.weight)
+        ends = shard.row + shard.weight.shape[0], shard.column + shard.weight.shape[1]
+        if min(shard.row, shard.column) < 0 or ends[0] > shard.whole[0] or ends[1] > shard.whole[1]:
+            raise HftcoreError(
+                f"weight of shape {tuple(shard.weight.shape)} at row {shard.row}, column {shard.column} must lie in the whole, "
+                f"{tuple(shard.whole)}"
+            )
+        if pattern.group is not None and (shard.weight.shape[1] % pattern.group[1] or shard.column % pattern.group[1]):
+            raise HftcoreError(
+                f"sparsity {pattern.sparsity!r} needs columns in groups of {pattern.group[1]} on every process, "
+                f"got {shard.weight.shape[1]} from column {shard.column} on"
+            )
 
 
-def _mask_of_cut_rows(shard: Shard, pattern: Pattern, group: Any) -> Tensor:
-    """Scope "row" across columns on several processes: each row's threshold by bisection of its 31 bits, all rows of a band at once."""
-    rank = dist.get_rank(group)
-    rows, columns = shard.weight.shape
-    widths = gather(torch.tensor([columns]), group).flatten()
-    count, invert = pattern.low_count(int(widths.sum()))
+def _masks_of_groups(groups: Sequence[Sequence[Shard]], pattern: Pattern, group: Any) -> list[Tensor]:
+    """The masks of all shards; those of one group have one threshold, and all groups search in the same rounds."""
+    searches, inverts = [], []
+    for shards in groups:
+        places, rows = [], 0
+        for shard in shards:
+            size = shard.weight.shape
+            places.append(
+                Place(size[0], size[1], rows + shard.row, shard.column, shard.whole[1], is_counted=shard.is_counted)
+            )
+            rows += shard.whole[0]
+        total = sum(shard.whole[0] * shard.whole[1] for shard in shards)
+        count, invert = pattern.low_count(total)
+        searches.append(search_cut([shard.part for shard in shards], places, count, total, rows, size_of(group)))
+        inverts.append(invert)
+    masks = []
+    for shards, cut, invert in zip(groups, side_by_side(searches, group), inverts, strict=True):
+        for shard, quota in zip(shards, cut.quotas, strict=True):
+            masks.append(shard.empty_mask())
+            shard.part().call("cut", cut.key, quota.to(shard.weight.device), invert, masks[-1])
+    return masks
+
+
+def _row_masks(shards: Sequence[Shard], pattern: Pattern, group: Any) -> list[Tensor]:
+    """Rows that lie here whole, and n:m, need nothing of the others but their word that nothing is wrong, which goes round once."""
+    masks = []
+    with together(group) as word:
+        _check(shards, pattern, word.same)
+        for shard in shards:
+            if pattern.group is not None or shard.weight.shape[1] == shard.whole[1]:
+                masks.append(ops.prune_mask(shard.weight, shard.energy, pattern, shard.reference))
+                continue
+            word.is_any = True
+            masks.append(shard.empty_mask())
+            if bad := shard.part().call("nonfinite"):
+                raise NonFiniteError(
+                    f"weight has {int(bad)} scores that are NaN or infinite; repair the weights or calibrate again"
+                )
+    if not word.is_any:
+        return masks
+    facts = [[*shard.weight.shape, shard.row, shard.column, shard.is_counted] for shard in shards]
+    for shard, mask, held in zip(shards, masks, gather(torch.tensor(facts), group).unbind(1), strict=True):
+        if bool((held[:, 1] < shard.whole[1]).logical_and(held[:, 1] > 0).any()):
+            _select_cut_rows(shard, held, pattern, mask, group)
+    return masks
+
+
+def _select_cut_rows(shard: Shard, held: Tensor, pattern: Pattern, mask: Tensor, group: Any) -> None:
+    """Scope "row" across columns on several processes: each row's threshold by bisection of its 31 bits, all rows of a band at once.
+
+    Args:
+        held: [processes, 5], of each its rows, columns, first row, first column, and whether they count.
+        mask: of this process, to fill.
+    """
+    others = held[held[:, 4] == 1]
+    if len(held[:, [0, 2]].unique(dim=0)) > 1 or int(others[:, 1].sum()) != shard.whole[1]:
+        raise HftcoreError(
+            "rows that are cut by columns must lie on the processes of the group, the same rows on each, got (rows, columns, first row, "
+            f"first column, is counted) {held.tolist()} of {tuple(shard.whole)}"
+        )
+    count, invert = pattern.low_count(shard.whole[1])
     norm = checks.norm(shard.energy, shard.weight)
-    mask = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=shard.weight.device)
-    step = max(1, BAND // max(1, int(widths.max())))  # the same on every process
-    for start in range(0, rows, step):
+    ahead = (held[:, 4] == 1) & (held[:, 3] < shard.column)
+    step = max(1, BAND // max(1, int(held[:, 1].max())))  # the same on every process
+    for start in range(0, len(mask), step):
         band = slice(start, start + step)
         key = keys(shard.weight.detach()[band], norm, None if shard.reference is None else shard.reference[band])
         low = torch.zeros(len(key), dtype=torch.int64)
         high = torch.full_like(low, FINITE - 1)
         for _ in range(31):
             middle = (low + high) // 2
-            reached = reduce(group, (key <= middle.to(key.device)[:, None]).sum(1).cpu(), "sum") >= count
+            here = (key <= middle.to(key.device)[:, None]).sum(1).cpu() * shard.is_counted
+            reached = summed(here, group) >= count
             low, high = torch.where(reached, low, middle + 1), torch.where(reached, middle, high)
         threshold = low.to(key.device)[:, None]
         below, tie = key < threshold, key == threshold
-        ties = gather(tie.sum(1).cpu(), group)
-        need = count - reduce(group, below.sum(1).cpu(), "sum") - ties[:rank].sum(0)
+        told = gather(torch.stack([below.sum(1), tie.sum(1)]).cpu(), group)
+        need = count - told[held[:, 4] == 1, 0].sum(0) - told[ahead, 1].sum(0)
         chosen = below | (tie & (tie.cumsum(1) <= need.to(key.device)[:, None]))
         mask[band] = pack(chosen ^ invert)
-    return mask
-
-
-def _check(shards: Sequence[Shard], pattern: Pattern, group: Any) -> None:
-    """Refuse on every process what does not fit on one."""
-    with together(group):
-        if pattern.block is not None:
-            raise HftcoreError("block is not there for sharded weights; leave it out, or gather the matrix")
-        for shard in shards:
-            if shard.cut not in ("rows", "columns", "whole"):
-                raise HftcoreError(f"cut must be 'rows', 'columns' or 'whole', got {shard.cut!r}")
-            checks.weight(shard.weight, shard.reference)
-            checks.norm(shard.energy, shard.weight)
-    least, most = _extremes(torch.tensor([len(shards)]), group)
-    if least != most:
-        raise HftcoreError(
-            f"every process must give a shard of each matrix, got {least.item()} to {most.item()} shards"
-        )
-    if not shards:
-        return
-    sizes = torch.tensor([shard.weight.shape[shard.cut != "columns"] for shard in shards], dtype=torch.int64)
-    for shard, least, most in zip(shards, *_extremes(sizes, group), strict=True):
-        if least != most:
-            name = "rows" if shard.cut == "columns" else "columns"
-            raise HftcoreError(
-                f"shards cut by {shard.cut} must have the same number of {name}, got {least.item()} to {most.item()}"
-            )
-    if pattern.group is not None:
-        m = pattern.group[1]
-        left = torch.tensor([shard.weight.shape[1] % m for shard in shards], dtype=torch.int64)
-        if bool(reduce(group, left, "max").any()):
-            raise HftcoreError(f"sparsity {pattern.sparsity!r} needs columns in groups of {m} on every process")
-
-
-def _extremes(numbers: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """The least and the most over all processes, element by element."""
-    most = reduce(group, torch.cat([numbers, -numbers]), "max")
-    return -most[len(numbers) :], most[: len(numbers)]
-
-
-def _refuse_nonfinite(shards: Sequence[Shard], group: Any) -> None:
-    bad = sum(int(shard.part().call("nonfinite")) for shard in shards)
-    if total := int(reduce(group, torch.tensor([bad]), "sum")):
-        raise NonFiniteError(
-            f"weight has {total} scores that are NaN or infinite, {bad} of them on this process; repair the weights or "
-            "calibrate again"
-        )

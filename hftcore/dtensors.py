@@ -1,92 +1,99 @@
 """DTensor weights, as FSDP2 and tensor parallelism leave them: what a process holds of them, and pruning a model of them in place."""
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Cut
 
 from hftcore import ops
-from hftcore.distributed import Cutting, Shard, sharded_masks
+from hftcore.distributed import Shard, sharded_masks
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError
 from hftcore.layers import Layer, Targets
 from hftcore.matching import energy_layers, refuse_unmeasured
 from hftcore.pattern import Pattern
-from hftcore.ranks import reduce
+from hftcore.ranks import together
 from hftcore.shards import held
 
+Lines = tuple[Any, ...]  # groups of torch.distributed, of some dimensions of a mesh
 
-def shard_of(weight: Tensor, energy: Tensor, reference: Tensor | None = None) -> tuple[Shard, Any]:
+
+def shard_of(
+    weight: Tensor, energy: Tensor, reference: Tensor | None = None, scope: Literal["row", "matrix"] = "matrix"
+) -> tuple[Shard, Lines]:
     """What this process holds of a weight, without a copy, and the group of the processes that hold the rest.
 
     Args:
-        weight: [M, N]; a DTensor cut by rows (FSDP2, column-wise tensor parallelism) or by columns (row-wise tensor parallelism)
-            over one dimension of its mesh and replicated over the others; or a tensor that each process holds whole.
+        weight: [M, N]; a DTensor whose rows, columns or both are cut over some dimensions of its mesh (`fully_shard`,
+            `parallelize_module`, both), and replicated over the others; or a tensor that each process holds whole.
         energy: [N] float32, of all columns, as `hftcore.calibrate` gives it.
         reference: placed as `weight`, or None.
+        scope: what is to be compared; of a row only the processes that share its columns hold the rest.
 
     Returns:
-        (shard, group); the group is None where nothing is cut, and the shard's cut is then "whole".
+        (shard, group), the group a tuple as `sharded_mask` takes it; empty where this process holds all that is compared.
 
     Raises:
         HftcoreError: a weight that is placed otherwise, or an energy or reference that does not fit it.
 
-    >>> shard_of(torch.ones(2, 4), torch.ones(4))[0].cut
-    'whole'
+    >>> shard, group = shard_of(torch.ones(2, 4), torch.ones(4))
+    >>> shard.whole, group
+    ((2, 4), ())
     """
-    if (reference is not None) and _placing(weight) != _placing(reference):
+    if weight.dim() != 2:
+        raise HftcoreError(
+            f"weight must be a matrix, got shape {tuple(weight.shape)}; use expert_shards for fused experts"
+        )
+    if reference is not None and _placing(weight) != _placing(reference):
         raise HftcoreError(f"reference must be placed as weight, {_placing(weight)}, got {_placing(reference)}")
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    other = reference.to_local() if isinstance(reference, DTensor) else reference
-    energy = energy.to(local.device)
     if energy.shape != weight.shape[-1:]:
         raise HftcoreError(
             f"energy must have a value for each of the {weight.shape[-1]} columns, got {tuple(energy.shape)}"
         )
-    dimension = _cut_dimension(weight)
-    if dimension is None or not isinstance(weight, DTensor):
-        return Shard(local, energy, "whole", other), None
-    cut: Cutting = "rows" if weight.placements[dimension].is_shard(0) else "columns"
-    if cut == "columns":
-        energy = _part_of(energy, 0, weight, dimension, local.shape[1])
-    return Shard(local, energy, cut, other), weight.device_mesh.get_group(dimension)
+    local = held(weight)
+    (row, _), (column, columns) = _box(weight)
+    mine = energy.to(local.device)[column : column + columns]
+    other = None if reference is None else held(reference)
+    return Shard(local, mine, _shape(weight), row, column, other), _lines(weight, scope)
 
 
-def expert_shards(weight: Tensor, energy: Tensor) -> tuple[list[Shard], Any]:
+def expert_shards(
+    weight: Tensor, energy: Tensor, scope: Literal["row", "matrix"] = "matrix"
+) -> tuple[list[Shard], Lines]:
     """What this process holds of each matrix of fused experts, without a copy, and the group of those that hold the rest.
 
     Args:
-        weight: [E, M, N]; a DTensor cut by experts (FSDP2, expert parallelism), by rows or by columns over one dimension of its mesh
-            and replicated over the others; or a tensor that each process holds whole.
+        weight: [E, M, N]; a DTensor whose experts, rows or columns are cut over some dimensions of its mesh (`fully_shard`, expert
+            and tensor parallelism), and replicated over the others; or a tensor that each process holds whole.
         energy: [E, N] float32, as `hftcore.calibrate` gives it.
+        scope: as for `shard_of`.
 
     Returns:
-        (a shard for each expert, group): an expert that lies elsewhere has no rows here; the group is None where nothing is cut.
+        (a shard for each expert, group): an expert that lies elsewhere has no rows here; the group is as that of `shard_of`.
 
     Raises:
         HftcoreError: a weight that is placed otherwise.
 
-    >>> [shard.cut for shard in expert_shards(torch.ones(3, 2, 4), torch.ones(3, 4))[0]]
-    ['whole', 'whole', 'whole']
+    >>> [shard.whole for shard in expert_shards(torch.ones(3, 2, 4), torch.ones(3, 4))[0]]
+    [(2, 4), (2, 4), (2, 4)]
     """
     local = held(weight)
-    energy = energy.to(local.device)
-    dimension = _cut_dimension(weight)
-    if dimension is None or not isinstance(weight, DTensor):
-        return [Shard(one, measured, "whole") for one, measured in zip(local, energy, strict=True)], None
-    group = weight.device_mesh.get_group(dimension)
-    if weight.placements[dimension].is_shard(0):
-        mine = _part_of(torch.arange(weight.shape[0]), 0, weight, dimension, len(local)).tolist()
-        here = dict(zip(mine, local, strict=True))
-        absent = local.new_empty(0, local.shape[-1])
-        return [Shard(here.get(expert, absent), measured, "rows") for expert, measured in enumerate(energy)], group
-    cut: Cutting = "rows"
-    if weight.placements[dimension].is_shard(2):
-        cut, energy = "columns", _part_of(energy, 1, weight, dimension, local.shape[2])
-    return [Shard(one, measured, cut) for one, measured in zip(local, energy, strict=True)], group
+    (first, experts), (row, _), (column, columns) = _box(weight)
+    mine = energy.to(local.device)[:, column : column + columns]
+    absent = local.new_empty(0, columns)
+    shards = []
+    for expert, measured in enumerate(mine):
+        is_here = first <= expert < first + experts
+        shards.append(Shard(local[expert - first] if is_here else absent, measured, _shape(weight), row, column))
+    return shards, _lines(weight, scope)
 
 
 def prune_sharded(
@@ -96,10 +103,11 @@ def prune_sharded(
     targets: Targets | None = None,
     exclude: Targets | None = None,
 ) -> dict[str, Tensor]:
-    """Prune a model whose weights are DTensors (`fully_shard`, `parallelize_module`) or whole, in place.
+    """Prune a model whose weights are DTensors (`fully_shard`, `parallelize_module`, both) or whole, in place.
 
-    The masks are those of `hftcore.prune` on one process, bit for bit. Weights are changed only when every process has all of its
-    masks. There is no Edit: keep a copy of the model to go back. Weights that a forward pass of FSDP2 left gathered are let go.
+    The masks are those of `hftcore.prune` on one process, bit for bit. Weights are changed only when every process of the weights'
+    meshes has all of its masks. There is no Edit: keep a copy of the model to go back. Weights that a forward pass of FSDP2 left
+    gathered are let go.
 
     Args:
         energy: of the layers, the same on every process, as `hftcore.calibrate(..., group=...)` gives it.
@@ -111,86 +119,156 @@ def prune_sharded(
         below the other.
 
     Raises:
-        HftcoreError: as `sharded_mask`, `shard_of` and `hftcore.prune`; for scope "model" also weights cut over several groups.
+        HftcoreError: as `sharded_mask`, `shard_of` and `hftcore.prune`; for scope "model" also weights cut over several meshes.
     """
     pattern = Pattern.of(pattern)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # what a forward pass left gathered is a copy, to which changes would be lost
             module.reshard()
-    layers = sorted(energy_layers(model, energy, targets, exclude), key=lambda layer: layer.tensor)
-    refuse_unmeasured(energy)
-    parts = {layer.tensor: _shards_of(layer, energy) for layer in layers}
-    groups = [group for _, group in parts.values()]
-    if pattern.scope == "model":
-        cut = [group for group in groups if group is not None]
-        if any(group != cut[0] for group in cut):
-            raise HftcoreError('scope "model" needs weights that are cut over one group; use "matrix" or "row"')
-        groups = [cut[0] if cut else None] * len(parts)
-    masks = {name: [_nothing(shard.weight) for shard in shards] for name, (shards, _) in parts.items()}
-    for over in dict.fromkeys(groups):
+    placed = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    everyone = _of_different_ranks(line for weight in placed for line in weight.device_mesh.get_all_groups())
+    with together(everyone):
+        layers = sorted(energy_layers(model, energy, targets, exclude), key=lambda layer: layer.tensor)
+        refuse_unmeasured(energy)
+        parts = {layer.tensor: _shards_of(layer, energy, pattern) for layer in layers}
+        if pattern.scope == "model":
+            parts = _over_one_group(parts, layers)
+        masks = {name: [shard.empty_mask() for shard in shards] for name, (shards, _) in parts.items()}
+    for ranks, over in {tuple(map(_ranks, lines)): lines for _, lines in parts.values()}.items():
         mine = [
             (layer.tensor, number, shard)
-            for layer, group in zip(layers, groups, strict=True)
+            for layer in layers
             for number, shard in enumerate(parts[layer.tensor][0])
-            if group == over and not (pattern.invert and number in energy.idle(layer.name))
+            if tuple(map(_ranks, parts[layer.tensor][1])) == ranks
+            and not (pattern.invert and number in energy.idle(layer.name))
         ]
-        found = sharded_masks([shard for _, _, shard in mine], pattern, over)
+        # what is wrong here is known to those that compare together, and must be to all before they turn to what is cut otherwise
+        with together(everyone, HftcoreError):
+            found = sharded_masks([shard for _, _, shard in mine], pattern, over)
         for (name, number, _), mask in zip(mine, found, strict=True):
             masks[name][number] = mask
-    for group in dict.fromkeys(groups):
-        reduce(group, torch.zeros(1, dtype=torch.int64), "sum")
     for name, (shards, _) in parts.items():
         for shard, mask in zip(shards, masks[name], strict=True):
             ops.masked_put_(shard.weight, mask, None)
     return {name: torch.cat(pieces) for name, pieces in masks.items()}
 
 
-def _shards_of(layer: Layer, energy: Energy) -> tuple[list[Shard], Any]:
+Parts = dict[str, tuple[list[Shard], Lines]]
+
+
+def _shards_of(layer: Layer, energy: Energy, pattern: Pattern) -> tuple[list[Shard], Lines]:
     """What this process holds of each matrix of a layer, and the group."""
+    scope: Literal["row", "matrix"] = "row" if pattern.scope == "row" else "matrix"
     if layer.is_fused:
-        return expert_shards(layer.weight, energy[layer.name])
-    shard, group = shard_of(layer.weight, energy[layer.name])
-    return [shard], group
+        shards, lines = expert_shards(layer.weight, energy[layer.name], scope)
+    else:
+        shard, lines = shard_of(layer.weight, energy[layer.name], None, scope)
+        shards = [shard]
+    # n:m compares what lies side by side on each process
+    return shards, () if pattern.group is not None else lines
 
 
-def _nothing(weight: Tensor) -> Tensor:
-    """The mask that removes nothing."""
-    return torch.zeros(weight.shape[0], -(-weight.shape[1] // 8), dtype=torch.uint8, device=weight.device)
-
-
-def _part_of(whole: Tensor, axis: int, weight: DTensor, dimension: int, size: int) -> Tensor:
-    """This process's part of a tensor that is cut along `axis` as the weight is; `size` is what it must have there."""
-    pieces = whole.chunk(weight.device_mesh.size(dimension), axis)
-    place = weight.device_mesh.get_local_rank(dimension)
-    part = pieces[place] if place < len(pieces) else whole.narrow(axis, 0, 0)
-    if part.shape[axis] != size:
-        raise HftcoreError(
-            f"weight is not cut as torch.chunk cuts: {size} of {whole.shape[axis]} here, not {part.shape[axis]}; redistribute it"
+def _over_one_group(parts: Parts, layers: Sequence[Layer]) -> Parts:
+    """The parts for one comparison over all dimensions of the mesh that cut some of them; what others hold too counts on the first."""
+    meshes = [layer.weight.device_mesh.get_all_groups() for layer in layers if isinstance(layer.weight, DTensor)]
+    cutting = {_ranks(line) for _, lines in parts.values() for line in lines}
+    over = tuple(line for line in max(meshes, key=len, default=[]) if _ranks(line) in cutting)
+    if len(over) < len(cutting):
+        raise HftcoreError('scope "model" needs weights that are cut over one mesh; use "matrix" or "row"')
+    return {
+        name: (
+            [replace(shard, is_counted=_is_first(over, lines)) for shard in shards],
+            over,
         )
-    return part
+        for name, (shards, lines) in parts.items()
+    }
 
 
-def _cut_dimension(weight: Tensor) -> int | None:
-    """The dimension of the mesh over which a weight is cut, None where every process has it whole."""
+def _is_first(over: Lines, lines: Lines) -> bool:
+    """Whether this process is the first of those that hold the same of a weight, which is cut only over `lines`."""
+    cutting = {_ranks(line) for line in lines}
+    return all(dist.get_rank(line) == 0 for line in over if _ranks(line) not in cutting)
+
+
+def _ranks(line: Any) -> tuple[int, ...]:
+    """What tells groups apart: meshes that are alike may have groups of their own, and torch passes one mesh for the other."""
+    return tuple(dist.get_process_group_ranks(line))
+
+
+def _of_different_ranks(lines: Iterable[Any]) -> Lines:
+    return tuple({_ranks(line): line for line in lines}.values())
+
+
+def _box(weight: Tensor) -> list[tuple[int, int]]:
+    """(first, size) in each dimension of what this process holds.
+
+    FSDP2 cuts what tensor parallelism left of a dimension, so such a placement, which is called strided and names in how many
+    parts the dimension was, cuts last although its dimension of the mesh comes first.
+    """
+    box = [(0, size) for size in weight.shape]
     if not isinstance(weight, DTensor):
-        return None
-    cut = [dimension for dimension, placement in enumerate(weight.placements) if type(placement) is not Replicate]
-    if not cut:
-        return None
-    if len(cut) > 1 or type(weight.placements[cut[0]]) is not Cut or weight.dim() not in (2, 3):
+        return box
+    mesh, here = weight.device_mesh, weight.device_mesh.get_coordinate()
+    if here is None:
+        raise HftcoreError(f"this process must belong to the mesh of weight, {mesh}")
+    placements: Any = weight.placements
+    plain = [line for line, placement in enumerate(placements) if type(placement) is Cut]
+    strided = [line for line in range(len(placements)) if _is_strided(line, placements, mesh)]
+    if any(
+        type(placement) is not Replicate and line not in plain + strided for line, placement in enumerate(placements)
+    ):
         raise HftcoreError(
-            f"weight must be a matrix, or one for each expert, that is cut over one dimension of its mesh, got {list(weight.placements)} "
-            f"of shape {tuple(weight.shape)}; redistribute it"
+            f"weight must be replicated or cut over each dimension of its mesh, got {list(placements)}; redistribute it"
         )
-    mesh = weight.device_mesh
-    here = list(mesh.get_coordinate() or [])
-    line = mesh.mesh[
-        tuple(slice(None) if dimension == cut[0] else place for dimension, place in enumerate(here))
-    ].tolist()
-    if line != sorted(line):
-        raise HftcoreError(f"the ranks of the mesh must ascend where weight is cut, got {line}; redistribute it")
-    return cut[0]
+    for line in plain + strided:
+        place = dist.get_rank(mesh.get_group(line))
+        if place != here[line]:
+            # torch scatters and gathers by the order of the group
+            raise HftcoreError(
+                f"the ranks of the mesh must ascend where weight is cut, got place {here[line]} of dimension {line} for process "
+                f"{place} of its group; redistribute it"
+            )
+        axis = placements[line].dim
+        first, size = box[axis]
+        step = -(-size // mesh.size(line))
+        skipped = min(size, step * here[line])
+        box[axis] = first + skipped, min(step, size - skipped)
+    sizes, local = tuple(size for _, size in box), tuple(held(weight).shape)
+    if sizes != local:
+        raise HftcoreError(f"weight is not cut as torch.chunk cuts: {local} here, not {sizes}; redistribute it")
+    return box
+
+
+def _is_strided(line: int, placements: Any, mesh: DeviceMesh) -> bool:
+    """Whether the dimension of the mesh cuts what the later ones, one by one, left of a dimension of the weight."""
+    alike = [
+        other
+        for other, placement in enumerate(placements)
+        if getattr(placement, "dim", None) == getattr(placements[line], "dim", None)
+    ]
+    later = [other for other in alike if other > line and type(placements[other]) is Cut]
+    return (
+        type(placements[line]).__name__ == "_StridedShard"
+        and all(type(placements[other]) is Cut for other in alike if other != line)
+        and placements[line].split_factor == prod(mesh.size(other) for other in later)
+    )
+
+
+def _lines(weight: Tensor, scope: Literal["row", "matrix"]) -> Lines:
+    """The groups over which what the scope compares is cut."""
+    if not isinstance(weight, DTensor):
+        return ()
+    last, placements = weight.dim() - 1, cast(Any, weight.placements)
+    return tuple(
+        weight.device_mesh.get_group(line)
+        for line, placement in enumerate(placements)
+        if type(placement) is not Replicate and (scope == "matrix" or placement.dim == last)
+    )
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[-2], weight.shape[-1]
 
 
 def _placing(tensor: Tensor) -> Any:

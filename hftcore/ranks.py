@@ -1,8 +1,15 @@
-"""What the processes of a torch.distributed group tell each other: numbers, energies, and that one of them failed."""
+"""What the processes of a torch.distributed group tell each other: counts, energies, and that one of them failed.
 
-from collections.abc import Iterator
+A group is one of torch.distributed, or a tuple of those of some dimensions of a device mesh: the processes that these reach together.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,57 +17,116 @@ from torch import Tensor
 
 from hftcore.energy import Energy
 from hftcore.errors import HftcoreError, NonFiniteError
+from hftcore.searches import Found, Search
 
 AT_ONCE = 1 << 24  # numbers of all processes together in memory at a time
 
 
-def reduce(group: Any, numbers: Tensor, which: Literal["sum", "min", "max"]) -> Tensor:
-    """All processes' numbers, added up or compared element by element, on the CPU; for integers, whose sums have no order."""
-    carried = numbers.to(_carrier(group), copy=True)
-    how = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[which]
-    with _reaching_all():
-        dist.all_reduce(carried, how, group)
-        return carried.cpu()
+def size_of(group: Any) -> int:
+    """How many processes a group has."""
+    return math.prod(dist.get_world_size(line) for line in _lines(group))
+
+
+def summed(numbers: Tensor, group: Any) -> Tensor:
+    """The sum over all processes, element by element, on the CPU; for integers, whose sums have no order."""
+    for line in _lines(group):
+        numbers = numbers.to(_carrier(line), copy=True)
+        with _reaching_all():
+            dist.all_reduce(numbers, dist.ReduceOp.SUM, line)
+    return numbers.cpu()
 
 
 def gather(numbers: Tensor, group: Any) -> Tensor:
-    """[ranks, ...]: the numbers of each process, in the order of their ranks, on the CPU."""
-    carried = numbers.contiguous().to(_carrier(group))
-    everyone = [torch.zeros_like(carried) for _ in range(dist.get_world_size(group))]
-    with _reaching_all():
-        dist.all_gather(everyone, carried, group)
-        return torch.stack(everyone).cpu()
+    """[processes, ...]: the numbers of each process, in the order of their ranks, on the CPU."""
+    everyone = numbers[None]
+    for line in reversed(_lines(group)):
+        carried = everyone.contiguous().to(_carrier(line))
+        each = [torch.zeros_like(carried) for _ in range(dist.get_world_size(line))]
+        with _reaching_all():
+            dist.all_gather(each, carried, line)
+        everyone = torch.cat(each).cpu()
+    return everyone
+
+
+def side_by_side(searches: Sequence[Search[Found]], group: Any) -> list[Found]:
+    """What each search finds; what all of them count in a round travels together. Every process has the same searches."""
+    found: dict[int, Found] = {}
+    counted: dict[int, Tensor] = {}
+
+    def go_on(number: int, answer: Tensor | None) -> None:
+        try:
+            counted[number] = next(searches[number]) if answer is None else searches[number].send(answer)
+        except StopIteration as end:
+            found[number] = end.value
+
+    for number in range(len(searches)):
+        go_on(number, None)
+    while counted:
+        asked, counted = counted, {}
+        total = summed(torch.cat([one.flatten() for one in asked.values()]), group)
+        answers = total.split([one.numel() for one in asked.values()])
+        for (number, one), answer in zip(asked.items(), answers, strict=True):
+            go_on(number, answer.view_as(one))
+    return [found[number] for number in range(len(searches))]
+
+
+@dataclass
+class Word:
+    """What goes round at the end of a block with `together`.
+
+    Fields:
+        same: must be the same on all processes.
+        is_any: after the block, whether it was set on one of them.
+    """
+
+    same: list[Any] = field(default_factory=list)
+    is_any: bool = False
 
 
 @contextmanager
-def together(group: Any) -> Iterator[None]:
+def together(group: Any, kind: type[Exception] = Exception) -> Iterator[Word]:
     """A block that fails on every process if it fails on one: there with the error, on the others with its kind and text.
 
-    Each process of the group goes through it; the block itself must not wait for others. `group` None: just the block.
+    Each process of the group goes through it, and waits for the others once, at its end. `group` None: just the block.
+
+    Args:
+        kind: the errors that are told. The block may wait for others only in what fails on all of them with such an error.
 
     Raises:
-        HftcoreError: of another process (`NonFiniteError` if it was one); or another process is gone.
+        HftcoreError: of another process (`NonFiniteError` if it was one); what must be the same is not; or another process is gone.
     """
+    word = Word()
     if group is None:
-        yield
+        yield word
         return
     failure: Exception | None = None
     try:
-        yield
-    except Exception as error:
+        yield word
+    except kind as error:
         failure = error
+    digest = int.from_bytes(hashlib.sha256(repr(word.same).encode()).digest()[:7], "little")
     mine = None if failure is None else (isinstance(failure, NonFiniteError), _text(failure))
     try:
-        said = _gather_objects(mine, group)
+        told = gather(torch.tensor([failure is not None, word.is_any, digest]), group)
+        word.is_any = bool(told[:, 1].any())
+        if not bool(told[:, 0].any()) and bool((told[:, 2] == digest).all()):
+            return
+        said = _gather_objects((mine, word.same), group)
     except HftcoreError:
         if failure is None:
             raise
     if failure is not None:
         raise failure
-    for rank, theirs in enumerate(said):
+    for rank, (theirs, _) in enumerate(said):
         if theirs is not None:
             is_nonfinite, text = theirs
             raise (NonFiniteError if is_nonfinite else HftcoreError)(f"process {rank} of the group failed: {text}")
+    for rank, (_, theirs) in enumerate(said):
+        for one, other in zip_longest(word.same, theirs):
+            if one != other:
+                raise HftcoreError(
+                    f"all processes must make the same call; process {rank} gave {other}, this one {one}"
+                )
 
 
 def add_up_(energy: Energy, group: Any) -> None:
@@ -79,7 +145,7 @@ def add_up_(energy: Energy, group: Any) -> None:
                 f"the energies of all processes must be of the same layers; process {rank} differs in {odd}"
             )
     counts = [torch.tensor([energy.tokens, energy.samples]), *(count.cpu() for count in energy.expert_tokens.values())]
-    counted = reduce(group, torch.cat(counts), "sum").split([len(count) for count in counts])
+    counted = summed(torch.cat(counts), group).split([len(count) for count in counts])
     step = max(1, AT_ONCE // dist.get_world_size(group))
     flat = [value.reshape(-1).cpu() for value in energy.values()]
     total = (
@@ -101,10 +167,17 @@ def _in_order(everyone: Tensor) -> Tensor:
 
 
 def _gather_objects(mine: Any, group: Any) -> list[Any]:
-    everyone = [None] * dist.get_world_size(group)
-    with _reaching_all():
-        dist.all_gather_object(everyone, mine, group)
+    everyone = [mine]
+    for line in reversed(_lines(group)):
+        each: list[Any] = [None] * dist.get_world_size(line)
+        with _reaching_all():
+            dist.all_gather_object(each, everyone, line)
+        everyone = [one for several in each for one in several]
     return everyone
+
+
+def _lines(group: Any) -> tuple[Any, ...]:
+    return group if isinstance(group, tuple) else (group,)
 
 
 @contextmanager

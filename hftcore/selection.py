@@ -4,9 +4,11 @@ A sample proposes a window of keys. Where the keys inside fit into a small buffe
 tell the threshold and where its ties are. Elsewhere passes count what lies below, inside (by bins) and above, which either confines the
 wanted key to one bin or says on which side it is, until few enough are left. What is known is always a bracket [floor, ceiling), it
 shrinks in every pass, and a bad sample costs one more pass, never exactness.
+
+Several processes may hold the group together: `search_cut` is a search whose counts are added up over all of them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 
@@ -14,26 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hftcore.backend import backend_for, implementation
-from hftcore.errors import NonFiniteError
+from hftcore.backend import backend_for
+from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels.reference import FINITE
+from hftcore.parts import Maker, Place
+from hftcore.parts import Part as Part
+from hftcore.searches import BINS_BITS, Search, bins_of, by_itself, descend, narrowed, shift_of
+from hftcore.ties import share_out, ties_by_row
 
 SAMPLE = 1 << 16
 LARGEST_SAMPLE = 1 << 19  # where that makes one pass do, it is worth drawing
 ROOM = 3 << 18  # keys that are collected at most; a quarter of the memory that a selection may take
-BINS_BITS = 11  # few enough for a first-level cache
-
-
-@dataclass(frozen=True)
-class Part:
-    """One matrix of the group: [M, N] weight, [N] norm (root of the energy), and the reference of the same shape or None."""
-
-    weight: Tensor
-    norm: Tensor
-    reference: Tensor | None = None
-
-    def call(self, op: str, *args: object) -> Tensor:
-        return implementation(op, self.weight.device)(self.weight, self.norm, self.reference, *args)
+COARSE, FINE = 20, 12  # bits of a sample's keys that are left out at first, and then; a window is some 2**18 wide
 
 
 @dataclass(frozen=True)
@@ -53,52 +47,72 @@ class Cut:
     quotas: list[Tensor]
 
 
-def find_cut(parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], count: int) -> Cut:
+def find_cut(parts: Sequence[Maker], sizes: Sequence[tuple[int, int]], count: int) -> Cut:
     """The cut that holds exactly the `count` lowest weights of all parts, in the order (key, part, row-major index).
-
-    Args and errors are those of `find_threshold`.
-    """
-    total = sum(rows * columns for rows, columns in sizes)
-    window, expected, collects = _propose(parts, sizes, count / max(1, total), total)
-    few = ROOM if collects and 0 < count < total else 0
-    if 0 < expected <= few:
-        cut = _collect(parts, sizes, count, window)
-        if cut is not None:
-            return cut
-    found = confine(parts, count, total, window, few)
-    if 0 < found.inside <= few:
-        cut = _collect(parts, sizes, count, (found.low, found.high))
-        if cut is not None:
-            return cut
-    need = count - found.below
-    if need == found.inside:
-        return Cut(found.low, _whole(sizes) if need else [torch.zeros(rows, dtype=torch.int64) for rows, _ in sizes])
-    return Cut(found.low, _shared_out((part().call("tie_counts", found.low).cpu() for part in parts), need))
-
-
-def find_threshold(
-    parts: Sequence[Callable[[], Part]],
-    sizes: Sequence[tuple[int, int]],
-    count: int,
-    reduce: Callable[[Tensor, str], Tensor] = lambda numbers, _: numbers,
-) -> Threshold:
-    """Which key ends the `count` lowest weights of all parts, and how many of those that have it belong to them.
 
     Args:
         parts: makers of the matrices, in position order; each is called once a pass, so that a part may be made or loaded lazily.
         sizes: (rows, columns) of each part.
         count: 0 to the number of weights.
-        reduce: where other processes hold more of the group, reduce(numbers, "sum" | "min" | "max") over all of them, element by
-            element; each process calls it equally often, and gets the same threshold.
 
     Raises:
         NonFiniteError: a score is NaN or infinite.
     """
-    mine = sum(rows * columns for rows, columns in sizes)
-    total = int(reduce(torch.tensor([mine]), "sum"))
-    (low, high), _, _ = _propose(parts, sizes, count / max(1, total), mine)
-    window = int(reduce(torch.tensor([low]), "min")), int(reduce(torch.tensor([high]), "max"))
-    found = confine(parts, count, total, window, 0, reduce)
+    places, row = [], 0
+    for rows, columns in sizes:
+        places.append(Place(rows, columns, row, 0, columns))
+        row += rows
+    return by_itself(search_cut(parts, places, count, sum(rows * columns for rows, columns in sizes), row))
+
+
+def search_cut(
+    parts: Sequence[Maker], places: Sequence[Place], count: int, total: int, rows: int, processes: int = 1
+) -> Search[Cut]:
+    """The search of `find_cut` in a group that several processes hold together; each finds the quotas of its own parts.
+
+    Args:
+        parts, places: what this process holds of each matrix, and where that lies.
+        count, total, rows: weights in the low set, weights of the whole group, and rows of all its matrices.
+        processes: how many there are; the more, the more keys they can collect.
+
+    Raises, on every process:
+        NonFiniteError: a score is NaN or infinite.
+        HftcoreError: the parts of all processes do not make up the whole.
+    """
+    counted = [make for make, place in zip(parts, places, strict=True) if place.is_counted]
+    window, expected, collects, is_cut = yield from _propose(parts, places, count, total, ROOM * processes)
+    few = ROOM * processes if collects and 0 < count < total else 0
+    end = None
+    if 0 < expected <= few:
+        end = yield from _collect(counted, count, window, processes)
+    if end is None:
+        bracket = yield from _confine(counted, count, total, window, few)
+        if 0 < bracket.inside <= few:
+            window = bracket.low, bracket.high
+            end = yield from _collect(counted, count, window, processes)
+            if end is None:  # one process had more than its share of them
+                bracket = yield from _confine(counted, count, total, window, 0)
+    if end is None:
+        end = Threshold(bracket.low, count - bracket.below, bracket.inside), None
+    threshold, ties = end
+    if threshold.need in (0, threshold.ties):
+        # a quota of all columns takes every tie without counting them
+        return Cut(threshold.key, [_filled(place, place.columns if threshold.need else 0) for place in places])
+    if ties is None:
+        ties = [make().call("tie_counts", threshold.key).cpu() for make in counted]
+    quotas = yield from share_out(parts, places, ties, threshold.key, threshold.need, rows, is_cut)
+    return Cut(threshold.key, quotas)
+
+
+def find_threshold(parts: Sequence[Maker], sizes: Sequence[tuple[int, int]], count: int) -> Threshold:
+    """Which key ends the `count` lowest weights of all parts, and how many of those that have it belong to them.
+
+    Args and errors are those of `find_cut`.
+    """
+    total = sum(rows * columns for rows, columns in sizes)
+    places = [Place(rows, columns, 0, 0, columns) for rows, columns in sizes]
+    window, *_ = by_itself(_propose(parts, places, count, total, ROOM))
+    found = confine(parts, count, total, window, 0)
     return Threshold(found.low, count - found.below, found.inside)
 
 
@@ -112,25 +126,22 @@ class Bracket:
     inside: int
 
 
-def confine(
-    parts: Iterable[Callable[[], Part]],
-    count: int,
-    total: int,
-    window: tuple[int, int],
-    few: int,
-    reduce: Callable[[Tensor, str], Tensor] = lambda numbers, _: numbers,
-) -> Bracket:
+def confine(parts: Iterable[Maker], count: int, total: int, window: tuple[int, int], few: int) -> Bracket:
     """The wanted key alone, or a bracket of at most `few` weights, whichever comes first.
 
     Args:
-        parts, count, reduce: as for `find_threshold`; `parts` is gone through once a pass.
-        total: how many weights there are, on all processes.
+        parts, count: as for `find_cut`; `parts` is gone through once a pass.
+        total: how many weights there are.
         window: the keys to look among first.
         few: how many weights may be left; 0: go on until it is one key.
 
     Raises:
         NonFiniteError: a score is NaN or infinite.
     """
+    return by_itself(_confine(parts, count, total, window, few))
+
+
+def _confine(parts: Iterable[Maker], count: int, total: int, window: tuple[int, int], few: int) -> Search[Bracket]:
     floor, ceiling = 0, FINITE
     while True:
         low, high = window
@@ -138,8 +149,10 @@ def confine(
         bins = -(-(high - low) >> shift)
         counts = torch.zeros(bins + 3, dtype=torch.int64)
         for part in parts:
-            counts += part().call("score_histogram", low, shift, bins).cpu()
-        counts = reduce(counts, "sum")
+            found = part().call("score_histogram", low, shift, bins)
+            # on a GPU, where they stay until all are added up, no part waits for the one before
+            counts = counts.to(found.device) + found
+        counts = yield counts.cpu()
         _refuse(int(counts[-1]))
         if not 0 < count < total:
             # nothing or everything: no key is below 0, every finite key is below FINITE
@@ -165,9 +178,12 @@ def confine(
 
 
 def _collect(
-    parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], count: int, window: tuple[int, int]
-) -> Cut | None:
-    """The cut, from all keys in the window as one pass collects them; None where it does not hold the wanted one, or too many."""
+    parts: Sequence[Maker], count: int, window: tuple[int, int], processes: int
+) -> Search[tuple[Threshold, list[Tensor] | None] | None]:
+    """The threshold, and how many ties each row has if not all go, from all keys in the window as one pass collects them.
+
+    None where the window does not hold the wanted one, or more than a process has room for.
+    """
     low, high = window
     keys = torch.empty(ROOM, dtype=torch.int32)
     below = spoiled = filled = 0
@@ -178,24 +194,29 @@ def _collect(
         counts.append(inside)
         below, spoiled, filled = below + under, spoiled + strange, filled + int(inside.sum())
         if filled > ROOM:
-            return None
+            break
+    found = keys[: filled if filled <= ROOM else 0].numpy()
+    facts = torch.tensor([below, spoiled, filled, filled > ROOM])
+    # one process partitions its keys, which is faster than to count them
+    shift, counted = shift_of(low, high), found[: len(found) if processes > 1 else 0]
+    told = yield torch.cat([facts, bins_of((counted - low) >> shift, None, ((high - low - 1) >> shift) + 1)])
+    below, spoiled, inside, is_too_much = told[:4].tolist()
     _refuse(spoiled)
-    place = count - below - 1
-    if not 0 <= place < filled:
+    if is_too_much or not 0 < count - below <= inside:
         return None
-    found = keys[:filled].numpy()
-    key = int(np.partition(found, place)[place])
-    need = place + 1 - int((found < key).sum())
-    ties = np.flatnonzero(found == key)
-    if need == len(ties):
-        return Cut(key, _whole(sizes))
-    return Cut(key, _shared_out((_by_row(*runs, ties) for runs in zip(starts, counts, strict=True)), need))
-
-
-def _by_row(starts: Tensor, counts: Tensor, places: np.ndarray) -> Tensor:
-    """How many of the sorted `places` lie in each row's run, which begins at `starts` and is `counts` long."""
-    first = starts.numpy()
-    return torch.from_numpy(np.searchsorted(places, first + counts.numpy()) - np.searchsorted(places, first))
+    if processes == 1:
+        place = count - below - 1
+        key = int(np.partition(found, place)[place])
+        ties = np.flatnonzero(found == key)
+        need, most = place + 1 - int((found < key).sum()), len(ties)
+    else:
+        window, need, most = narrowed(told[4:], window, shift, count - below)
+        key = window[0]
+        if shift:
+            key, need, most = yield from descend(found, None, window, need)
+        ties = np.flatnonzero(found == key)
+    rows = [ties_by_row(*runs, ties) for runs in zip(starts, counts, strict=True)] if need < most else None
+    return Threshold(key, need, most), rows
 
 
 def _refuse(spoiled: int) -> None:
@@ -206,48 +227,63 @@ def _refuse(spoiled: int) -> None:
 
 
 def _propose(
-    parts: Sequence[Callable[[], Part]], sizes: Sequence[tuple[int, int]], share: float, total: int
-) -> tuple[tuple[int, int], int, bool]:
+    parts: Sequence[Maker], places: Sequence[Place], count: int, total: int, room: int
+) -> Search[tuple[tuple[int, int], int, bool, bool]]:
     """A window of keys that very likely holds the wanted one, four standard deviations of the sample's order statistic; how many
-    weights that window is expected to hold; and whether they can be collected at less than the cost of another pass."""
+    weights that window is expected to hold; whether they can be collected at less than the cost of another pass; and whether some
+    matrix is cut by columns."""
+    share = count / max(1, total)
     spread = 8 * sqrt(share * (1 - share))
-    wanted = ceil((1.1 * spread * total / ROOM) ** 2)  # for what the window holds to fit
+    fitting = ceil((1.1 * spread * total / room) ** 2)  # for what the window holds to fit
     step = (
-        max(1, total // max(SAMPLE, wanted if wanted <= LARGEST_SAMPLE else 0)) | 1
+        max(1, total // max(SAMPLE, fitting if fitting <= LARGEST_SAMPLE else 0)) | 1
     )  # odd, not to keep hitting the same columns
-    offset, drawn, collects = 0, [], True
-    for make, (rows, columns) in zip(parts, sizes, strict=True):
-        size = rows * columns
+    offset, drawn, dear = 0, [np.empty(0, dtype=np.int32)], 0
+    for make, place in zip(parts, places, strict=True):
+        size = place.rows * place.columns if place.is_counted else 0
         first = -offset % step
         offset += size
         if first < size:
             part = make()
-            # on a GPU a pass over the weights is cheap, and compressing is not
-            collects &= part.weight.is_cpu and backend_for("cpu") != "triton"
+            dear += not _can_collect(part)
             drawn.append(part.call("sampled_keys", first, step).cpu().numpy())
-    if not drawn:
-        return (0, FINITE), 0, False
     sample = np.concatenate(drawn)
-    middle, margin = share * len(sample), spread / 2 * sqrt(len(sample)) + 1
-    first, last = max(0, int(middle - margin)), min(len(sample) - 1, ceil(middle + margin))
-    sample.partition((first, last))
-    low, high = int(sample[first]), int(sample[last]) + 1
+    facts = torch.tensor([offset, dear, sum(place.columns != place.width for place in places)])
+    told = yield torch.cat([facts, bins_of(sample >> COARSE, None, 1 << (31 - COARSE))])
+    held, dear, is_cut = told[:3].tolist()
+    if held != total:
+        raise HftcoreError(
+            f"the shards of all processes hold {held} weights, the whole has {total}; give each part once"
+        )
+    reached = told[3:].cumsum(0)
+    size = int(reached[-1])
+    if size == 0:
+        return (0, FINITE), 0, False, is_cut > 0
+    middle, margin = share * size, spread / 2 * sqrt(size) + 1
+    wanted = torch.tensor([max(0, int(middle - margin)), min(size - 1, ceil(middle + margin))])
+    bins = torch.searchsorted(reached, wanted, right=True)
+    before = reached[bins] - told[3:][bins]
+    fine = yield torch.stack(
+        [
+            bins_of((sample[sample >> COARSE == place] - (place << COARSE)) >> FINE, None, 1 << (COARSE - FINE))
+            for place in bins.tolist()
+        ]
+    )
+    finer = before[:, None] + fine.cumsum(1)
+    edges = torch.searchsorted(finer, wanted[:, None], right=True).flatten()
+    low, high = ((bins << COARSE) + ((edges + torch.tensor([0, 1])) << FINE)).tolist()
     window = min(low, FINITE - 1), max(1, min(high, FINITE))
-    return window, ceil((last - first + 1) / len(sample) * total), collects
+    among = int(finer[1, edges[1]] - finer[0, edges[0]] + fine[0, edges[0]])
+    return window, ceil(among / size * total), not dear, is_cut > 0
 
 
-def _whole(sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Quotas for all ties, which `cut` takes without counting them."""
-    return [torch.full((rows,), columns, dtype=torch.int64) for rows, columns in sizes]
+def _can_collect(part: Part) -> bool:
+    """Whether that costs less than another pass: on a GPU a pass over the weights is cheap, and compressing is not."""
+    return part.weight.is_cpu and backend_for("cpu") != "triton"
 
 
-def _shared_out(ties: Iterable[Tensor], need: int) -> list[Tensor]:
-    """Of the ties of each part, counted by row, how many of each row belong to the low set: the first `need` of all, in position order."""
-    quotas = []
-    for counts in ties:
-        quotas.append(first_ties(counts, need))
-        need = max(0, need - int(counts.sum()))
-    return quotas
+def _filled(place: Place, quota: int) -> Tensor:
+    return torch.full((place.rows,), quota, dtype=torch.int64)
 
 
 def first_ties(counts: Tensor, need: int) -> Tensor:

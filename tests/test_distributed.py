@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from datetime import timedelta
+from itertools import product
 
 import pytest
 import torch
@@ -53,31 +54,52 @@ def matrices(draw, dtype):
     return weight, energy, reference
 
 
-def shard_of(draw, whole, rank, ranks):
+def shard_of(draw, whole, rank, ranks, is_row=False):
     """What a rank holds of a whole; returns (shard, rows, columns) with the slices it was cut by."""
     weight, energy, reference = whole
-    cut = draw.choice(["rows", "columns"])
-    edges = cuts(draw, weight.shape[cut == "columns"], ranks, 4 if cut == "columns" else 1)
-    mine = slice(edges[rank], edges[rank + 1])
-    rows, columns = (mine, slice(None)) if cut == "rows" else (slice(None), mine)
+    cut = draw.choice(["rows", "columns", "copies"] + ["both"] * (not is_row))
+    holder = rank
+    if cut == "copies":
+        # the last rank repeats what another one holds
+        ranks = max(1, ranks - 1)
+        repeated = draw.randrange(ranks)
+        holder = rank if rank < ranks else repeated
+    is_across = cut == "columns" or (cut == "copies" and draw.random() < 0.5)
+    bands = {"both": 2}.get(cut, 1 if is_across else ranks)
+    homes = (
+        sorted(draw.randrange(bands) for _ in range(ranks))
+        if cut == "both"
+        else [0 if is_across else r for r in range(ranks)]
+    )
+    tops, lefts = cuts(draw, weight.shape[0], bands), {}
+    for band in range(bands):
+        lefts[band] = cuts(draw, weight.shape[1], max(1, homes.count(band)), 4)
+    if cut == "both" and not homes.count(0):
+        tops[1] = 0
+    if cut == "both" and not homes.count(1):
+        tops[1] = tops[2]
+    band = homes[holder]
+    place = sum(homes[r] == band for r in range(holder))
+    rows, columns = slice(tops[band], tops[band + 1]), slice(lefts[band][place], lefts[band][place + 1])
     other = None if reference is None else reference[rows, columns]
-    return Shard(weight[rows, columns], energy[columns], cut, other), rows, columns
+    whole = tuple(weight.shape)
+    shard = Shard(weight[rows, columns], energy[columns], whole, rows.start, columns.start, other, holder == rank)
+    return shard, rows, columns
 
 
 def check_matrix(seed, pattern, rank, group):
     draw = random.Random(seed)
-    distributed.BAND = draw.choice([60, 1 << 23])  # rows one by one or a few at a time, and all of them
+    distributed.BAND = draw.choice([200, 1 << 23])  # rows one by one or a few at a time, and all of them
     dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
     whole = matrices(draw, dtype)
     wanted = ops.unpack_mask(ops.prune_mask(whole[0], whole[1], pattern, whole[2]), whole[0].shape[1])
-    shard, rows, columns = shard_of(draw, whole, rank, dist.get_world_size(group))
+    shard, rows, columns = shard_of(draw, whole, rank, dist.get_world_size(group), "matrix" not in pattern)
     found = ops.unpack_mask(sharded_mask(shard, pattern, group), shard.weight.shape[1])
-    assert torch.equal(found, wanted[rows, columns]), (seed, pattern, shard.cut, rank)
+    assert torch.equal(found, wanted[rows, columns]), (seed, pattern, rows, columns, rank)
 
 
 def check_model(seed, pattern, rank, group):
     draw = random.Random(seed)
-    distributed.AT_ONCE = draw.choice([10, 1 << 24])  # what is told of ties goes in several rounds, or in one
     wholes = [matrices(draw, torch.bfloat16) for _ in range(3)]
     sizes = [tuple(weight.shape) for weight, _, _ in wholes]
     makers = [lambda whole=whole: Part(whole[0], whole[1].sqrt(), whole[2]) for whole in wholes]
@@ -89,29 +111,54 @@ def check_model(seed, pattern, rank, group):
         wanted = torch.zeros(size[0], -(-size[1] // 8), dtype=torch.uint8)
         maker().call("cut", cut.key, quota, invert, wanted)
         found = ops.unpack_mask(mask, shard.weight.shape[1])
-        assert torch.equal(found, ops.unpack_mask(wanted, size[1])[rows, columns]), (seed, pattern, shard.cut, rank)
+        assert torch.equal(found, ops.unpack_mask(wanted, size[1])[rows, columns]), (seed, pattern, rows, columns, rank)
+
+
+def check_rounds(rank, group):
+    """Matrices share their rounds."""
+    calls, all_reduce = [], dist.all_reduce
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(rank))
+    shard = Shard(weight, torch.ones(64), (40 * RANKS, 64), row=40 * rank)
+    dist.all_reduce = lambda *args: (calls.append(1), all_reduce(*args))[1]
+    for number in (1, 5):
+        calls.clear()
+        sharded_masks([shard] * number, "0.3 matrix", group)
+        assert len(calls) <= 7, number
+    dist.all_reduce = all_reduce
 
 
 def check_refusals(rank, group):
     weight = torch.ones(4, 8)
     weight[2, 3] = float("nan") if rank == 1 else 1
+    ones, all_rows, all_columns = torch.ones(8), (4 * RANKS, 8), (4, 8 * RANKS)
     for pattern in ("50%", "0.5 matrix"):
-        for cut in ("rows", "columns"):
+        for shard in (Shard(weight, ones, all_rows, row=4 * rank), Shard(weight, ones, all_columns, column=8 * rank)):
             with pytest.raises(NonFiniteError):
-                sharded_mask(Shard(weight, torch.ones(8), cut), pattern, group)
-    uneven = torch.ones(4 + rank, 8)
+                sharded_mask(shard, pattern, group)
+    good = torch.ones(4, 8)
     for arguments, message in [
-        ((Shard(uneven, torch.ones(8), "columns"), "50%"), "same number of rows"),
-        ((Shard(torch.ones(4, 6), torch.ones(6), "columns"), "2:4"), "groups of 4 on every process"),
-        ((Shard(weight, torch.ones(8), "rows"), Pattern("50%", block=(2, 2))), "block is not there"),
-        ((Shard(weight, torch.ones(8), "rows"), "0.5 model"), "sharded_masks"),
-        ((Shard(weight, torch.ones(8), "diagonal"), "50%"), "'rows', 'columns' or 'whole'"),
-        ((Shard(weight, torch.ones(8 - (rank == 2)), "rows"), "50%"), "energy must be"),
+        ((Shard(torch.ones(4 + rank, 8), ones, (7, 8 * RANKS), column=8 * rank), "50%"), "the same rows on each"),
+        ((Shard(good, ones, all_columns, column=8 * rank, is_counted=rank > 0), "50%"), "the same rows on each"),
+        (
+            (Shard(good, ones, all_rows, row=4 * rank, is_counted=rank > 0), "0.5 matrix"),
+            "hold 96 weights, the whole has 128",
+        ),
+        (
+            (Shard(good[:, : 4 + rank], ones[: 4 + rank], (4, 44), column=8 * rank), "2:4"),
+            "groups of 4 on every process",
+        ),
+        ((Shard(good, ones, all_columns, column=8 * rank + 2 * (rank == 2)), "2:4"), "groups of 4 on every process"),
+        ((Shard(good, ones, all_rows, row=4 * rank), Pattern("50%", block=(2, 2))), "block is not there"),
+        ((Shard(good, ones, all_rows, row=4 * rank), "0.5 model"), "sharded_masks"),
+        ((Shard(good, ones, all_rows, row=5 * rank), "50%"), "must lie in the whole"),
+        ((Shard(good, torch.ones(8 - (rank == 2)), all_rows, row=4 * rank), "50%"), "energy must be"),
+        ((Shard(good, ones, (4 * RANKS + rank, 8), row=4 * rank), "50%"), r"same call; process . gave \(1., 8\)"),
+        ((Shard(good, ones, all_rows, row=4 * rank), "50%" if rank else "40%"), "same call; process . gave 0..? row"),
     ]:
         with pytest.raises(HftcoreError, match=message):
             sharded_mask(*arguments, group)
-    with pytest.raises(HftcoreError, match="a shard of each matrix, got 1 to 2 shards"):
-        sharded_masks([Shard(torch.ones(4, 8), torch.ones(8), "rows")] * (1 + (rank == 2)), "50%", group)
+    with pytest.raises(HftcoreError, match=r"same call; process . gave (None|\(16, 8\)), this one"):
+        sharded_masks([Shard(good, ones, all_rows, row=4 * rank)] * (1 + (rank == 2)), "50%", group)
 
 
 def network():
@@ -188,53 +235,110 @@ def check_calibration_failures(rank, group):
     check_calibration(rank, group)
 
 
+def placed(whole, mesh, placements):
+    """A DTensor; where a placement is strided, the second dimension of the mesh cuts first."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import Shard as Cut
+
+    if all(isinstance(placement, Cut) or placement.is_replicate() for placement in placements):
+        return distribute_tensor(whole, mesh, placements)
+    local, axis = whole, placements[0].dim
+    for line in (1, 0):
+        pieces, place = local.chunk(mesh.size(line), axis), mesh.get_local_rank(line)
+        local = pieces[place] if place < len(pieces) else local.narrow(axis, 0, 0)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
 def check_dtensors(rank, group):
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
     from torch.distributed.tensor import Shard as Cut
+    from torch.distributed.tensor.placement_types import _StridedShard as Strided
 
     from hftcore.dtensors import shard_of
 
     line, plane = init_device_mesh("cpu", (RANKS,)), init_device_mesh("cpu", (2, 2))
+    turned = DeviceMesh("cpu", [[1, 0], [3, 2]])
     placings = [(line, [Cut(0)]), (line, [Cut(1)]), (line, [Replicate()])]
     placings += [(plane, [Replicate(), Cut(0)]), (plane, [Cut(1), Replicate()]), (plane, [Replicate(), Replicate()])]
+    placings += [
+        (plane, [Cut(0), Cut(1)]),
+        (plane, [Cut(0), Cut(0)]),
+        (plane, [Cut(1), Cut(1)]),
+    ]
+    placings += [(plane, [Strided(0, split_factor=2), Cut(0)]), (plane, [Strided(1, split_factor=2), Cut(1)])]
     for seed, pattern in enumerate(["50%", "0.1 row highest", "0.3 matrix", "0.9 matrix highest", "2:4"]):
         whole, energy, reference = matrices(random.Random(seed), torch.bfloat16)
         if pattern == "2:4":
             whole, energy, reference = torch.cat([whole] * 4, 1), energy.repeat(4), None
         wanted = ops.unpack_mask(ops.prune_mask(whole, energy, pattern, reference), whole.shape[1])
         for mesh, placements in placings:
-            weight = distribute_tensor(whole, mesh, placements)
-            other = None if reference is None else distribute_tensor(reference, mesh, placements)
-            shard, over = shard_of(weight, energy, other)
+            weight = placed(whole, mesh, placements)
+            other = None if reference is None else placed(reference, mesh, placements)
+            shard, over = shard_of(weight, energy, other, "matrix" if "matrix" in pattern else "row")
             assert shard.weight.data_ptr() == weight.to_local().data_ptr()
             found = ops.unpack_mask(sharded_mask(shard, pattern, over), shard.weight.shape[1])
-            mine = distribute_tensor(wanted.to(torch.uint8), mesh, placements).to_local().bool()
+            mine = placed(wanted.to(torch.uint8), mesh, placements).to_local().bool()
             assert torch.equal(found, mine), (pattern, placements, rank)
     square = torch.ones(8, 8)
-    for mesh, placements in [(plane, [Cut(0), Cut(1)]), (plane, [Cut(0), Cut(0)]), (line, [Partial()])]:
-        weight = DTensor.from_local(square, mesh, placements, run_check=False)
-        with pytest.raises(HftcoreError, match="over one dimension of its mesh"):
-            shard_of(weight, torch.ones(weight.shape[1]))
+    odd = [
+        (line, [Partial()]),
+        (plane, [Strided(0, split_factor=2), Cut(1)]),
+        (plane, [Strided(0, split_factor=4), Cut(0)]),
+    ]
+    for mesh, placements in odd:
+        weight = DTensor.from_local(square, mesh, placements, run_check=False, shape=(8, 8), stride=(8, 1))
+        with pytest.raises(HftcoreError, match=r"replicated or cut over each dimension of its mesh, got \["):
+            shard_of(weight, torch.ones(8))
+    with pytest.raises(HftcoreError, match=f"must ascend where weight is cut, got place {1 - rank % 2} of dimension"):
+        shard_of(distribute_tensor(square, turned, [Replicate(), Cut(1)]), torch.ones(8))
+    uneven = DTensor.from_local(torch.ones(rank, 8), line, [Cut(0)], run_check=False, shape=(6, 8), stride=(8, 1))
+    if rank != 2:
+        with pytest.raises(HftcoreError, match=r"not cut as torch.chunk cuts: \(., 8\) here"):
+            shard_of(uneven, torch.ones(8))
     weight = distribute_tensor(square, line, [Cut(0)])
     with pytest.raises(HftcoreError, match="reference must be placed as weight"):
         shard_of(weight, torch.ones(8), square)
     with pytest.raises(HftcoreError, match="each of the 8 columns"):
         shard_of(weight, torch.ones(2))
+    with pytest.raises(HftcoreError, match="must be a matrix"):
+        shard_of(torch.ones(2, 8, 8), torch.ones(8))
     with pytest.raises(HftcoreError, match="DTensor"):
-        sharded_mask(Shard(weight, torch.ones(8), "rows"), "50%", group)
+        sharded_mask(Shard(weight, torch.ones(8), (8, 8)), "50%", group)
 
 
-def sharded_network():
-    """The network with a layer under FSDP2, one cut by columns as tensor parallelism does, and one whole."""
+def sharded_network(kind="line"):
+    """The network with its weights spread.
+
+    "line": a layer under FSDP2, one cut by columns as tensor parallelism does, and one whole; "plane": tensor parallelism of two layers,
+    all of it under FSDP2 across; "copies": FSDP2 over half of the processes, repeated by the others; "across": cuts over both
+    dimensions of a mesh, over the first and over the second; "apart": no weight is cut over both.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, distribute_tensor
     from torch.distributed.tensor import Shard as Cut
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    mesh, model = init_device_mesh("cpu", (dist.get_world_size(),)), network()
-    fully_shard(model[0], mesh=mesh)
-    model[2].weight = nn.Parameter(distribute_tensor(model[2].weight.detach(), mesh, [Cut(1)]))
+    model = network()
+    if kind == "line":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model[0], mesh=mesh)
+        model[2].weight = nn.Parameter(distribute_tensor(model[2].weight.detach(), mesh, [Cut(1)]))
+        return model
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    if kind == "plane":
+        parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        return fully_shard(model, mesh=mesh["data"])
+    if kind == "copies":
+        return fully_shard(model, mesh=mesh)
+    placings = {
+        0: [Cut(1), Cut(1)] if kind == "across" else [Replicate(), Cut(0)],
+        2: [Cut(1), Replicate()],
+        4: [Replicate(), Cut(1)],
+    }
+    for number, placements in placings.items():
+        model[number].weight = nn.Parameter(distribute_tensor(model[number].weight.detach(), mesh, placements))
     return model
 
 
@@ -246,13 +350,14 @@ def check_pruning(rank, group):
     from hftcore.dtensors import prune_sharded
 
     energy = hftcore.calibrate(network(), batches_of(0))
-    for pattern in ("50%", "0.2 matrix highest", "0.4 model", "0.05 model highest"):
-        plain, model = network(), sharded_network()
+    patterns = ("50%", "0.2 matrix highest", "0.4 model", "0.05 model highest")
+    for pattern, kind in product(patterns, ("line", "plane", "copies", "across", "apart")):
+        plain, model = network(), sharded_network(kind)
         hftcore.prune(plain, energy, Pattern.of(pattern))
         masks = prune_sharded(model, energy, pattern)
         assert sorted(masks) == ["0.weight", "2.weight", "4.weight"]
         for (name, wanted), (_, found) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
-            assert torch.equal(full(found), wanted), (pattern, name)
+            assert torch.equal(full(found), wanted), (pattern, kind, name)
     model = fully_sharded()
     first, *others = [hftcore.calibrate(network(), batches_of(other)) for other in range(RANKS)]
     assert same_bits(hftcore.calibrate(model, batches_of(rank), group=group), sum(others, start=first))
@@ -260,13 +365,16 @@ def check_pruning(rank, group):
     hftcore.prune(plain := network(), energy, Pattern("50%"))
     prune_sharded(model, energy, "50%")
     assert torch.equal(model(x), plain(x))
-    model = sharded_network()
-    before = [full(parameter).clone() for parameter in model.parameters()]
-    if rank == 1:
-        energy["4"][1] = float("nan")
-    with pytest.raises(NonFiniteError):
-        prune_sharded(model, energy, "50%")
-    assert all(torch.equal(full(now), then) for now, then in zip(model.parameters(), before, strict=True))
+    for kind, pattern in product(("line", "plane", "across"), ("50%", "0.3 matrix")):
+        model, spoiled = sharded_network(kind), copy.deepcopy(energy)
+        before = [full(parameter).clone() for parameter in model.parameters()]
+        if rank == 1:
+            spoiled["4"].fill_(float("nan"))
+        with pytest.raises(NonFiniteError):
+            prune_sharded(model, spoiled, pattern)
+        with pytest.raises(HftcoreError, match="^process 1 of the group failed: .*layer" if rank != 1 else "layer"):
+            prune_sharded(model, Energy({"9": torch.ones(16)}) if rank == 1 else energy, pattern)
+        assert all(torch.equal(full(now), then) for now, then in zip(model.parameters(), before, strict=True))
 
 
 def check_like_layers(rank, group):
@@ -316,13 +424,20 @@ def work(rank, port):
     groups = {ranks: dist.new_group(range(ranks)) for ranks in range(1, RANKS + 1)}
     for ranks, group in groups.items():
         if rank < ranks:
-            for seed in range(36):
+            for seed in range(27):
                 check_matrix(seed * 10 + ranks, PATTERNS[seed % len(PATTERNS)], rank, group)
             for seed, pattern in enumerate(["0.3 model", "0.05 model highest", "0 model", "1 model", "0.5 model"]):
                 check_model(seed, pattern, rank, group)
             check_calibration(rank, group)
             check_adding(rank, group)
-    for check in (check_refusals, check_calibration_failures, check_dtensors, check_pruning, check_like_layers):
+    for check in (
+        check_rounds,
+        check_refusals,
+        check_calibration_failures,
+        check_dtensors,
+        check_pruning,
+        check_like_layers,
+    ):
         check(rank, groups[RANKS])
     dist.barrier()
     dist.destroy_process_group()
@@ -336,10 +451,10 @@ def test_the_rounds_of_a_selection_do_not_grow_with_the_model():
     rows, model = (
         [one for one in found["selection"] if one["pattern"] == f"0.5 {scope}"] for scope in ("row", "model")
     )
-    assert [one["rounds"] for one in rows] == [5, 5]
-    assert max(one["rounds"] for one in model) <= 12
-    assert max(one["bytes"] for one in model) < 65536
-    assert tables([found]).count("| 2 |") == 4
+    assert [one["rounds"] for one in rows] == [1, 1]
+    assert max(one["rounds"] for one in model) <= 8
+    assert max(one["bytes"] for one in model) < 49152
+    assert sum(line.startswith("| 2 |") for line in tables([found]).splitlines()) == 4
 
 
 TIMEOUT = 10.0  # seconds the processes wait for each other
@@ -366,8 +481,8 @@ def mourn(rank, port, stage):
     began = time.monotonic()
     with pytest.raises(HftcoreError, match="another process of the group is gone, or did not answer"):  # noqa: PT012
         if stage == "selection":
-            reduce, calls = distributed.reduce, fall(iter(int, 1), 30)
-            distributed.reduce = lambda *args: (next(calls), reduce(*args))[1]
+            summed, calls = distributed.summed, fall(iter(int, 1), 30)
+            distributed.summed = lambda *args: (next(calls), summed(*args))[1]
             prune_sharded(model, energy, "50%")
         else:
             hftcore.calibrate(network(), fall(batches_of(rank), 2), group=group)

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from tied_models import energy_of, save_in, with_ties
 from tiny_models import tiny_model
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as Cut
-from torch.distributed.tensor import distribute_tensor
 
 import hftcore
 from hftcore import Pattern, ops
@@ -82,10 +82,11 @@ def masks_here(case, rank, groups):
                 continue
             mine = None if other[number] is None else other[number][place]
             where = layer.tensor, number * rows + place[0].start, number * rows + place[0].stop, place[1].start
-            held.append((where, Shard(view[place], norms[number][place[1]], cut, mine)))
+            first = place[0].start, place[1].start
+            held.append((where, Shard(view[place], norms[number][place[1]], (rows, columns), *first, mine)))
     shards = [shard for _, shard in held]
-    over_all = pattern.scope == "model"
-    masks = sharded_masks(shards, pattern, group) if over_all else [sharded_mask(one, pattern, group) for one in shards]
+    by_one = pattern.scope != "model" and draw.random() < 0.5
+    masks = [sharded_mask(one, pattern, group) for one in shards] if by_one else sharded_masks(shards, pattern, group)
     said = []
     for (where, shard), mask in zip(held, masks, strict=True):
         tensor, top, bottom, left = where
@@ -95,18 +96,21 @@ def masks_here(case, rank, groups):
 
 
 def check_in_place(case, rank, groups):
-    """A model of DTensors, cut by rows, columns or experts, is pruned in place to what one process makes of the whole."""
+    """A model of DTensors, cut by rows, columns or experts over one or two dimensions of a mesh, is pruned in place to what one process
+    makes of the whole."""
     model, energy, _ = models_of(case)
     draw = random.Random(case["seed"])
-    mesh = DeviceMesh.from_group(groups[case["ranks"]], "cpu", mesh=torch.arange(case["ranks"]))
+    shape = draw.choice([(4,), (2, 2)]) if case["ranks"] == 4 else (case["ranks"],)
+    mesh = groups["meshes"][shape]
     wanted = copy.deepcopy(model)
     for layer in find_layers(model):
         *experts, _, columns = layer.weight.shape
         axes = [*range(len(experts) + 1)] + [len(experts) + 1] * (columns % (8 * case["ranks"]) == 0)
-        axis = draw.choice(axes)
-        if layer.transposed and axis >= len(experts):
-            axis = 2 * len(experts) + 1 - axis  # as it is stored
-        placed = distribute_tensor(getattr(layer.module, layer.parameter).detach(), mesh, [Cut(axis)])
+        placements = []
+        for axis in draw.choices(axes, k=len(shape)):
+            stored = 2 * len(experts) + 1 - axis if layer.transposed and axis >= len(experts) else axis
+            placements.append(Replicate() if len(shape) > 1 and draw.random() < 0.2 else Cut(stored))
+        placed = distribute_tensor(getattr(layer.module, layer.parameter).detach(), mesh, placements)
         setattr(layer.module, layer.parameter, nn.Parameter(placed))
     hftcore.prune(wanted, energy, case["pattern"])
     masks = prune_sharded(model, energy, case["pattern"])
@@ -120,6 +124,11 @@ def serve(rank, port):
     patience = timedelta(seconds=60)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS, timeout=patience)
     groups = {ranks: dist.new_group(range(ranks), timeout=patience) for ranks in range(1, RANKS + 1)}
+    groups["meshes"] = {
+        (ranks,): DeviceMesh.from_group(group, "cpu", mesh=torch.arange(ranks))
+        for ranks, group in groups.items()
+        if rank < ranks
+    } | {(2, 2): init_device_mesh("cpu", (2, 2))}
     for line in sys.stdin:
         case = json.loads(line)
         try:

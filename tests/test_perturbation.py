@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hftcore.defenses.perturbation import CHUNK, Gradients, gradient_change, perturbed, trained
+from hftcore.defenses.set_aside import SetAside
 from hftcore.defenses.settings import check_choice, check_number
 from hftcore.errors import HftcoreError, NonFiniteError
 
@@ -58,6 +59,30 @@ def test_every_bit_comes_back(seed, rho, dtype):
     before = bits(theta)
     with perturbed(theta, direction(theta), rho):
         pass
+    assert equal(bits(theta), before)
+
+
+@pytest.mark.parametrize("rho", [0.5, -0.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_stay_are_not_kept_and_every_bit_comes_back(rho, dtype):
+    """As with an embedding; a zero's sign may change where zero is added, and its row is kept then."""
+    weight = nn.Parameter(torch.randn(200, 2, 3, generator=torch.Generator().manual_seed(0)).to(dtype))
+    with torch.no_grad():
+        weight[5, 1, 2] = -0.0
+    along = torch.zeros_like(weight)
+    along[3], along[170, 0, 1] = 1.0, -2.0
+    theta, before = {"w": weight}, bits({"w": weight})
+    with perturbed(theta, Gradients({"w": along}), rho):
+        changed = (bits(theta)["w"] != before["w"]).view(200, -1).any(dim=1).nonzero().flatten().tolist()
+    assert changed == ([3, 5, 170] if rho > 0 else [3, 170])
+    assert equal(bits(theta), before)
+
+    kept = SetAside(weight.detach())
+    with torch.no_grad():
+        weight.add_(along, alpha=rho)
+    kept.shrink(along)
+    assert len(kept.values) == len(changed)
+    kept.put_back()
     assert equal(bits(theta), before)
 
 

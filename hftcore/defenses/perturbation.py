@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from hftcore.defenses.set_aside import SetAside
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.shards import Cut, add_parts, cut_of, held
 
@@ -164,18 +165,20 @@ def perturbed(parameters: Parameters, direction: Gradients, rho: float) -> Itera
         yield
         return
     moved = {name: parameters[name] for name in direction.tensors}
-    originals = {name: parameter.detach().clone() for name, parameter in moved.items()}
+    originals: list[SetAside] = []
     try:
         with torch.no_grad():
             for name, parameter in moved.items():
+                originals.append(SetAside(held(parameter.detach())))
                 parameter.add_(direction.tensors[name], alpha=rho / norm)
+                originals[-1].shrink(held(direction.tensors[name]))
         # autocast keeps half-precision copies of the weights it has seen
         torch.clear_autocast_cache()
         yield
     finally:
         with torch.no_grad():
-            for name, parameter in moved.items():
-                parameter.copy_(originals.pop(name))
+            while originals:
+                originals.pop().put_back()
         torch.clear_autocast_cache()
 
 

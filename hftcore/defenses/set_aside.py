@@ -1,0 +1,50 @@
+"""A weight before a step, to be put back bit for bit, in no more memory than the rows take that the step changes."""
+
+import torch
+from torch import Tensor
+
+PROBES = (
+    64  # rows of a direction looked at to learn whether it leaves rows out, as an embedding's and unused experts' does
+)
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class SetAside:
+    """The weight `held` as it is now.
+
+    After a step along `direction`, of the same shape, `shrink` lets go of the rows that it did not change: of an embedding all tokens
+    that did not occur, of fused experts those that no token went to.
+
+    >>> weight = torch.tensor([[1.0], [2.0]])
+    >>> before = SetAside(weight)
+    >>> _ = weight[1].add_(1)
+    >>> before.shrink(torch.tensor([[0.0], [1.0]]))
+    >>> before.values.tolist()
+    [[2.0]]
+    >>> before.put_back()
+    >>> weight.tolist()
+    [[1.0], [2.0]]
+    """
+
+    def __init__(self, held: Tensor):
+        self._held = held
+        self._rows: Tensor | None = None
+        self.values = held.clone()
+
+    def shrink(self, direction: Tensor) -> None:
+        """Keep the changed rows alone, where the direction has rows of zeros."""
+        if direction.dim() < 2 or not direction.numel():
+            return
+        if bool(direction[:: max(1, len(direction) // PROBES)].flatten(1).any(dim=1).all()):
+            return
+        # by bits: adding zero to a row can change the sign of a zero in it
+        kind = BITS[self._held.element_size()]
+        changed = (self._held.view(kind) != self.values.view(kind)).flatten(1).any(dim=1)
+        self._rows = changed.nonzero().flatten()
+        self.values = self.values[self._rows]
+
+    def put_back(self) -> None:
+        if self._rows is None:
+            self._held.copy_(self.values)
+        else:
+            self._held.index_copy_(0, self._rows, self.values)

@@ -27,6 +27,7 @@ from hftcore.defenses.antibody_align import AlignSettings, align_step
 from hftcore.defenses.perturbation import Gradients
 from hftcore.errors import HftcoreError
 from hftcore.grad_norms import capture_grad_norms
+from hftcore.shards import is_sharded
 
 log = logging.getLogger("hftcore")
 
@@ -52,6 +53,7 @@ class AntibodyAlignTrainer(DefenceTrainer):
     """
 
     config = AntibodyAlignConfig
+    runs_sharded = True
     args: AntibodyAlignConfig
 
     def __init__(
@@ -113,6 +115,7 @@ class AntibodyTrainer(DefenceTrainer):
     """
 
     config = AntibodyConfig
+    runs_sharded = True
     args: AntibodyConfig
 
     def __init__(
@@ -189,8 +192,9 @@ class AntibodyTrainer(DefenceTrainer):
         loss = tokens = torch.zeros((), device=self.args.device)
         seen = []
         for index, batch in enumerate(batches):
-            is_last = index == len(batches) - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model_wrapped):
+            # what FSDP2 has yet to exchange is not in param.grad, and would not be rescaled
+            exchanges = index == len(batches) - 1 or self.is_fsdp_enabled
+            with contextlib.nullcontext() if exchanges else self.accelerator.no_sync(self.model_wrapped):
                 sums, counts, ratios = self._score(self.model_wrapped, batch)
                 everyone = self._everyone(ratios)
                 factor = softmax.add(everyone)
@@ -228,6 +232,8 @@ class AntibodyTrainer(DefenceTrainer):
             self.note(grad_norm_median=float(found.median()), attenuated=float((bounded < 1).float().mean()))
         if self.args.world_size > 1:
             for parameter in self.parameters.values():
+                if is_sharded(parameter):
+                    continue  # norms.backward left it the mean
                 # an expert may have been used in one process only, and all must take part
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(own, reduction="mean")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hftcore.bindings.trainers.collate import Collator
+from hftcore.bindings.trainers.kept import gathered, placed
 from hftcore.bindings.trainers.stream import Batch, BatchStream
 from hftcore.defenses.perturbation import Parameters, Pass, trained
 from hftcore.errors import HftcoreError, NonFiniteError
+from hftcore.shards import is_sharded
 
 STATE_FILE = "defence_state.pt"
+WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_orig_mod)\.")
 Loss = Callable[[nn.Module, Batch, Any], Tensor]
 
 
@@ -42,18 +46,21 @@ class DefenceTrainer(Trainer):
     """A Trainer whose optimizer step is one application of a defence's rule to the whole accumulated batch.
 
     A defence overrides `update`. Micro-batches are collected until the optimizer is due, so gradient accumulation saves memory and does
-    not change the method: every pass of the rule runs over all of them, at the same weights. Works in one process and under
-    DistributedDataParallel, in float32, bfloat16 and with bf16 autocast.
+    not change the method: every pass of the rule runs over all of them, at the same weights. Works in one process, under
+    DistributedDataParallel and, where `runs_sharded` says so, under FSDP2, in float32, bfloat16 and with bf16 autocast.
 
     Args:
         model, args, train_dataset, …: as for `Trainer`. Without a `data_collator`, samples of `input_ids` and `labels` are padded by
             `Collator`.
 
     Raises:
-        HftcoreError: fp16 loss scaling, FSDP, DeepSpeed or nn.DataParallel, under which gradients cannot be combined here.
+        HftcoreError: fp16 loss scaling, FSDP of version 1, DeepSpeed or nn.DataParallel, under which gradients cannot be combined here;
+            FSDP2 where the defence is not known to be right; a model that is in parts already.
     """
 
     config: ClassVar[type[DefenceConfig]] = DefenceConfig
+    # FSDP2 has been tried: the same weights as under DistributedDataParallel
+    runs_sharded: ClassVar[bool] = False
     model: Any
 
     def __init__(self, model: Any = None, args: Any = None, data_collator: Any = None, **kwargs: Any):
@@ -79,8 +86,8 @@ class DefenceTrainer(Trainer):
 
     @property
     def parameters(self) -> Parameters:
-        """What is trained, by name."""
-        return trained(self.model)
+        """What is trained, by name, without what activation checkpointing and compilation put in between."""
+        return {WRAPPERS.sub("", name): parameter for name, parameter in trained(self.model).items()}
 
     def add_stream(
         self, name: str, dataset: Sequence[Any] | None, batch_size: int | None = None, collate: Any = None
@@ -179,9 +186,10 @@ class DefenceTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        kept = gathered(self.kept, self.args.should_save)
         if self.args.should_save:
             drawn = {name: stream.drawn for name, stream in self._streams.items()}
-            torch.save({"drawn": drawn, "kept": self.kept}, os.path.join(output_dir, STATE_FILE))
+            torch.save({"drawn": drawn, "kept": kept}, os.path.join(output_dir, STATE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -193,12 +201,12 @@ class DefenceTrainer(Trainer):
                 f"checkpoint {checkpoint} has no {STATE_FILE}, so {type(self).__name__} cannot resume from it; "
                 "start from its weights instead"
             )
-        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if state["drawn"].keys() != self._streams.keys():
             raise HftcoreError(
                 f"checkpoint {checkpoint} is of a trainer with the data sets {sorted(state['drawn'])}, this one has {sorted(self._streams)}"
             )
-        self.kept = state["kept"]
+        self.kept = placed(state["kept"], self.parameters, self.args.device)
         for name, drawn in state["drawn"].items():
             self._streams[name].drawn = drawn
 
@@ -217,10 +225,18 @@ class DefenceTrainer(Trainer):
             raise HftcoreError(
                 f"{name} combines gradients, which fp16's loss scaling would spoil; use bf16=True instead"
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
+            raise HftcoreError(f"{name} runs under DistributedDataParallel and FSDP2, not DeepSpeed; take one of those")
+        if self.is_fsdp_enabled and not self.runs_sharded:
             raise HftcoreError(
-                f"{name} runs under DistributedDataParallel, not FSDP or DeepSpeed; on a model that fully_shard (FSDP2) has cut, call "
-                "its rule in hftcore.defenses in a loop of your own"
+                f"{name} runs under DistributedDataParallel, and has not been tried under FSDP; on a model that fully_shard (FSDP2) has "
+                "cut, call its rule in hftcore.defenses in a loop of your own"
+            )
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise HftcoreError(f"{name} runs under FSDP2, not FSDP's version 1; set fsdp_config={{'version': 2}}")
+        if any(is_sharded(parameter) for parameter in self.model.parameters()):
+            raise HftcoreError(
+                f"{name} got a model that is in parts already; give it a whole one, which fsdp=True in its config lets it cut itself"
             )
         if self.args.n_gpu > 1:
             raise HftcoreError(

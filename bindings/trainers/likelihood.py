@@ -91,8 +91,11 @@ class Likelihoods:
         found: list[list[Logprobs]] = []
 
         def through_head(hidden: Tensor) -> Tensor:
-            found.append(self._of(hidden, next_tokens))
-            return found[-1][0][0]
+            (sums, counts), *beside = self._of(hidden, next_tokens)
+            # gradients come back through what the head gave, where FSDP2 gathers its weights again; no view, which it warns of
+            given = sums[:, None, None].clone()
+            found.append([(given[:, 0, 0], counts), *beside])
+            return given
 
         with _replaced(self.head, through_head):
             call(**inputs)
@@ -223,13 +226,13 @@ def _evaluated(model: nn.Module, device: str) -> Iterator[None]:
 
 @contextmanager
 def _replaced(head: nn.Linear, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the block lasts, the head gives `compute(its input)` [B] in place of logits, as [B, 1, 1].
+    """While the block lasts, the head gives `compute(its input)` [B, 1, 1] in place of logits.
 
     It is computed inside the model's forward, and given back, so that DistributedDataParallel sees which parameters are used.
     """
     attributes = head.__dict__
     own = attributes.get("forward")
-    attributes["forward"] = lambda hidden: compute(hidden)[:, None, None]
+    attributes["forward"] = compute
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from hftcore.defenses.panacea import PanaceaSettings, panacea_step, step_length
 from hftcore.defenses.panacea_perturb import check_movable, displace
 from hftcore.defenses.perturbation import Gradients, Pass
 from hftcore.edit import Edit
+from hftcore.errors import HftcoreError
 
 
 @dataclass
@@ -25,7 +26,8 @@ class PanaceaTrainer(DefenceTrainer):
     """Fine-tuning with Panacea. `train` ends by moving the weights by the last step's ε, and `edit` is that change.
 
     Checkpoints hold the weights without it. The edit is saved as `edit` in the output folder; `trainer.edit.revert(model)` takes the
-    perturbation out again, which training on should begin with.
+    perturbation out again, which training on should begin with. Under FSDP2 `edit` is there on the processes that save and None on the
+    others; it fits the whole model.
 
     Args:
         model, args, train_dataset, …: as for `Trainer`. `train_dataset` is the user's data.
@@ -36,6 +38,7 @@ class PanaceaTrainer(DefenceTrainer):
     """
 
     config = PanaceaConfig
+    runs_sharded = True
     args: PanaceaConfig
 
     def __init__(
@@ -71,10 +74,14 @@ class PanaceaTrainer(DefenceTrainer):
         if self.args.rho > 0:
             check_movable(self.parameters)
             if self.args.space == "merged":
+                if self.is_fsdp_enabled:
+                    raise HftcoreError(
+                        'space "merged" needs whole LoRA factors, and FSDP2 cuts them; take space "trained"'
+                    )
                 check_merged(self.parameters, self._factors)
         result = super().train(*args, **kwargs)
         self.edit = self._perturb()
-        if self.args.should_save and self.args.output_dir is not None:
+        if self.edit is not None and self.args.should_save and self.args.output_dir is not None:
             self.edit.save(os.path.join(self.args.output_dir, "edit"))
         return result
 
@@ -89,7 +96,7 @@ class PanaceaTrainer(DefenceTrainer):
 
         return run
 
-    def _perturb(self) -> Edit:
+    def _perturb(self) -> Edit | None:
         settings = self.args
         recipe = {"method": "panacea", "rho": settings.rho, "lam": settings.lam, "space": settings.space}
         if settings.rho == 0:
@@ -104,4 +111,7 @@ class PanaceaTrainer(DefenceTrainer):
             length = step_length(self.parameters, direction, settings.rho, settings.space, self._factors)
         if direction.norm() == 0:
             warnings.warn("the harmful gradient is zero, so Panacea leaves the weights as they are", stacklevel=3)
-        return displace(self.model, self.parameters, direction, length, recipe)
+        # whole weights are held once a machine
+        keeps = self.args.should_save or not self.is_fsdp_enabled
+        edit = displace(self.parameters, direction, length, recipe, keeps)
+        return edit if keeps else None

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,10 @@ def panacea_perturb(
     check_choice("direction", direction, DIRECTIONS)
     checks.model(model)
     parameters = _chosen(model, targets, exclude)
+    if cut := next((name for name, parameter in parameters.items() if is_sharded(parameter)), None):
+        raise HftcoreError(
+            f"{cut} is a DTensor, and panacea_perturb moves whole weights; take a model that is not sharded"
+        )
     if direction == "random":
         along = _noise(parameters, seed)
     elif harmful_batches is None:
@@ -79,36 +83,43 @@ def panacea_perturb(
         )
     length = step_length(parameters, along, rho, space, lora_factors(model))
     recipe: dict[str, Any] = {"method": "panacea", "rho": rho, "space": space, "direction": direction}
-    return displace(model, parameters, along, length, recipe | ({"seed": seed} if direction == "random" else {}))
+    return displace(parameters, along, length, recipe | ({"seed": seed} if direction == "random" else {}))
 
 
 def displace(
-    model: nn.Module, parameters: Parameters, direction: Gradients, length: float, recipe: dict[str, Any]
+    parameters: Parameters, direction: Gradients, length: float, recipe: dict[str, Any], keeps: bool = True
 ) -> Edit:
-    """Move parameters of the model by length · d/‖d‖ for good, or not at all.
+    """Move parameters by length · d/‖d‖ for good, or not at all; sharded ones on all processes together.
 
     Returns:
-        The Edit that was made.
+        The Edit that was made, of whole weights; one of none where this process does not keep it.
 
     Raises:
         HftcoreError: a parameter of a dtype or shape that an Edit cannot hold (by name).
     """
     check_movable(parameters)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    entries, after = {}, {}
     with perturbed(parameters, direction, length):
-        entries = {name: difference(before.pop(name), parameter.detach()) for name, parameter in parameters.items()}
-    edit = Edit({name: entry for name, entry in entries.items() if entry.before.numel()}, recipe)
-    edit.apply(model)
-    return edit
+        for name, parameter in parameters.items():
+            old, new = whole(before.pop(name)), whole(parameter.detach())
+            if keeps:
+                entries[name] = difference(old, new)
+            after[name] = parameter.detach().clone()
+    with torch.no_grad():
+        for name, moved in after.items():
+            parameters[name].copy_(moved)
+    return Edit({name: entry for name, entry in entries.items() if entry.before.numel()}, recipe)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; of one that FSDP2 has cut all parts, for which every process makes the call."""
+    return cast(Tensor, cast(Any, tensor).full_tensor()) if is_sharded(tensor) else tensor
 
 
 def check_movable(parameters: Parameters) -> None:
-    """Refuse parameters that an Edit cannot hold, by name: sharded ones, and others than floating tensors of at most 3 dimensions."""
+    """Refuse parameters that an Edit cannot hold, by name: others than floating tensors of at most 3 dimensions."""
     for name, parameter in parameters.items():
-        if is_sharded(parameter):
-            raise HftcoreError(
-                f"{name} is a DTensor, and an edit holds whole weights; take a model that is not sharded"
-            )
         checks.floating(name, parameter)
         if parameter.dim() > 3:
             raise HftcoreError(f"{name} has {parameter.dim()} dimensions, an edit holds at most 3; leave it out")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import hftcore
-from hftcore import Energy, HftcoreError, NonFiniteError, Pattern, distributed, ops
+from hftcore import Energy, HftcoreError, NonFiniteError, Pattern, distributed, ops, selection
 from hftcore.distributed import Shard, sharded_mask, sharded_masks
 from hftcore.ranks import add_up_
 from hftcore.selection import Part, find_cut
@@ -87,9 +87,16 @@ def shard_of(draw, whole, rank, ranks, is_row=False):
     return shard, rows, columns
 
 
+def draw_passes(draw):
+    """A sample that tells much or little, and room for all keys in its window, for few, or for those of some processes only."""
+    selection.SAMPLE, selection.LARGEST_SAMPLE = draw.choice([(8, 16), (100, 0), (1 << 16, 1 << 19)])
+    selection.ROOM = draw.choice([1, 30, 100, 3 << 18])
+
+
 def check_matrix(seed, pattern, rank, group):
     draw = random.Random(seed)
     distributed.BAND = draw.choice([200, 1 << 23])  # rows one by one or a few at a time, and all of them
+    draw_passes(draw)
     dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
     whole = matrices(draw, dtype)
     wanted = ops.unpack_mask(ops.prune_mask(whole[0], whole[1], pattern, whole[2]), whole[0].shape[1])
@@ -100,6 +107,7 @@ def check_matrix(seed, pattern, rank, group):
 
 def check_model(seed, pattern, rank, group):
     draw = random.Random(seed)
+    draw_passes(draw)
     wholes = [matrices(draw, torch.bfloat16) for _ in range(3)]
     sizes = [tuple(weight.shape) for weight, _, _ in wholes]
     makers = [lambda whole=whole: Part(whole[0], whole[1].sqrt(), whole[2]) for whole in wholes]
@@ -426,10 +434,13 @@ def work(rank, port):
         if rank < ranks:
             for seed in range(27):
                 check_matrix(seed * 10 + ranks, PATTERNS[seed % len(PATTERNS)], rank, group)
-            for seed, pattern in enumerate(["0.3 model", "0.05 model highest", "0 model", "1 model", "0.5 model"]):
+            for seed, pattern in enumerate(
+                ["0.3 model", "0.05 model highest", "0 model", "1 model", *["0.5 model"] * 8]
+            ):
                 check_model(seed, pattern, rank, group)
             check_calibration(rank, group)
             check_adding(rank, group)
+    selection.SAMPLE, selection.LARGEST_SAMPLE, selection.ROOM = 1 << 16, 1 << 19, 3 << 18
     for check in (
         check_rounds,
         check_refusals,

@@ -232,7 +232,8 @@ def trainer(kind, model, folder, *, version=None, **options):
         data["refusals"] = [[3, 4, 5], [6, 7]]
     options = {"max_steps": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"} | own | options
     if version is not None:
-        options |= {"fsdp": True, "fsdp_config": {"version": version, "activation_checkpointing": kind == "panacea"}}
+        asked = {"version": version, "activation_checkpointing": kind == "panacea"} | options.pop("fsdp_config", {})
+        options |= {"fsdp": True, "fsdp_config": asked}
     arguments = config(folder, made.config, **options)
     if version is not None:
         # of several CPUs accelerate makes no FSDP; all that it does for GPUs runs on these all the same
@@ -318,6 +319,9 @@ def check_panacea():
         assert torch.equal(again["direction"][name].to_local(), value.to_local())
     with refused('space "merged" needs whole LoRA factors'):
         trainer("panacea", with_lora(tiny_model("llama"), ["q_proj"]), folder, version=2, space="merged").train()
+    with refused("set cpu_ram_efficient_loading to false"):
+        lean = {"cpu_ram_efficient_loading": True}
+        trainer("antibody", tiny_model("llama"), folder, version=2, fsdp_config=lean)
     with refused("got a model that is in parts already"):
         trainer("panacea", pair("llama")[0], folder, version=2)
     reset_accelerate()

@@ -111,7 +111,7 @@ class AntibodyTrainer(DefenceTrainer):
 
     Raises:
         HftcoreError: no samples, samples without prompt or answer, a refusal that does not fit the model's window, one sample a softmax,
-            or settings that would take the weights away: a loss, model_init, remove_unused_columns.
+            or settings that would take the weights away: a loss, model_init, remove_unused_columns, FSDP's cpu_ram_efficient_loading.
     """
 
     config = AntibodyConfig
@@ -148,6 +148,11 @@ class AntibodyTrainer(DefenceTrainer):
         collator = RefusalCollator(data_collator or Collator(pad), pad)
         super().__init__(model, args, collator, train_dataset=train_dataset, **kwargs)
         self._refuse_single(train_dataset)
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise HftcoreError(
+                "AntibodyTrainer asks its model how likelihoods are read off it, and with cpu_ram_efficient_loading one process alone has "
+                "its weights; set cpu_ram_efficient_loading to false in fsdp_config"
+            )
         is_watched = self.args.attenuation == "norm"
         self.likelihoods = Likelihoods(self.model, through_head=is_watched and self._trains_head())
         if self.likelihoods.obstacle is None:

@@ -232,7 +232,7 @@ class DefenceTrainer(Trainer):
                 f"{name} runs under DistributedDataParallel, and has not been tried under FSDP; on a model that fully_shard (FSDP2) has "
                 "cut, call its rule in hftcore.defenses in a loop of your own"
             )
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise HftcoreError(f"{name} runs under FSDP2, not FSDP's version 1; set fsdp_config={{'version': 2}}")
         if any(is_sharded(parameter) for parameter in self.model.parameters()):
             raise HftcoreError(

@@ -43,8 +43,8 @@ def capture_grad_norms(
 
     Raises:
         HftcoreError: a trained parameter of a kind whose per-sample gradients are not known (by name); a second forward pass in the
-            block; no backward pass in it; labels missing; a module that does not see one row for each sample; weights that are
-            DTensors while their module runs (tensor parallelism), or sharded fused experts.
+            block; no backward pass in it, or one with `create_graph=True`; labels missing; a module that does not see one row for each
+            sample; weights that are DTensors while their module runs (tensor parallelism).
         NonFiniteError: a norm is NaN or infinite (parameter and sample by name).
 
     Source: Goodfellow 2015 (arXiv:1510.01799); Li et al. 2022 (arXiv:2110.05679); Bu et al. 2023 (arXiv:2210.00038) for sums weighted

@@ -294,6 +294,10 @@ class _Tap(torch.autograd.Function):
         watch = ctx.watch()
         if watch is None or not watch.is_open:
             raise HftcoreError("the backward pass must run inside the capture_grad_norms block of its forward pass")
+        if torch.is_grad_enabled():
+            raise HftcoreError(
+                "gradients in a capture_grad_norms block have no second derivatives; leave create_graph out"
+            )
         x, weight = ctx.saved_tensors
         with _without_autocast(g.device.type), torch.no_grad():
             own = watch.take(ctx.call, x.detach(), g if isinstance(ctx.factor, float) else g * ctx.factor)

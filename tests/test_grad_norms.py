@@ -536,6 +536,18 @@ def test_second_backward_pass_is_refused():
             value.backward()
 
 
+def test_second_derivatives_are_refused():
+    """Norms and gradients formed here are constants, so what is differentiated again would be wrong in silence."""
+    model, one = tiny_model("llama"), batch((7, 4))
+
+    def step():
+        with capture_grad_norms(model):
+            model(**one).loss.backward(create_graph=True)
+
+    with pytest.raises(HftcoreError, match="leave create_graph out"):
+        step()
+
+
 def test_nan_is_refused_by_name():
     model, one = tiny_model("llama"), batch((7, 4))
     with torch.no_grad():

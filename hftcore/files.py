@@ -35,7 +35,8 @@ def whole_folder(out: str | os.PathLike[str], replaces: Collection[str] = ()) ->
             if file.is_file():
                 sync(file)
         sync(work)
-        if target.exists():
+        # an empty folder gives way by itself, and one that a container's image holds cannot be moved
+        if target.exists() and any(target.iterdir()):
             os.replace(target, old)
         os.replace(work, target)
         sync(target.parent)

@@ -70,4 +70,6 @@ def narrowed(counts: Tensor, window: tuple[int, int], shift: int, need: int) -> 
 
 def bins_of(values: np.ndarray, numbers: np.ndarray | None, bins: int) -> Tensor:
     """[bins] int64: how often each of 0, 1, ... is among the values, each of which counts `numbers` times, or once."""
-    return torch.from_numpy(np.bincount(values, numbers, bins).astype(np.int64, copy=False))
+    # PyTorch's takes a tenth of the time of NumPy's
+    weights = None if numbers is None else torch.from_numpy(numbers)
+    return torch.bincount(torch.from_numpy(values), weights, bins).long()

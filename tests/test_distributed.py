@@ -248,7 +248,7 @@ def placed(whole, mesh, placements):
     from torch.distributed.tensor import DTensor, distribute_tensor
     from torch.distributed.tensor import Shard as Cut
 
-    if all(isinstance(placement, Cut) or placement.is_replicate() for placement in placements):
+    if all(type(placement) is Cut or placement.is_replicate() for placement in placements):
         return distribute_tensor(whole, mesh, placements)
     local, axis = whole, placements[0].dim
     for line in (1, 0):

@@ -31,6 +31,7 @@ PATTERNS = ("50%", "0.3 model highest")
 def campaign(pattern: str, kills: int) -> dict[str, int]:
     """Kill so many runs of a tiny model in several files; between them the power fails: what no line of the journal vouches for is emptied.
 
+    More are killed as long as none has left anything to continue.
     Needs `os.fork`. In memory where that is possible, as waiting for a disk would take most of the time.
 
     Returns:
@@ -69,9 +70,13 @@ class _Victim:
         shutil.rmtree(self.out)
         draw = random.Random(self.pattern)
         killed = resumed = completed = 0
-        while killed < kills:
+        moments: list[float] = []
+        # without a run to continue nothing was tried
+        while killed < kills or (not resumed and killed < 10 * kills):
             done = self._finished()
-            killed += self._run(draw.uniform(0.02, 1.1) * length)
+            # one in each tenth before any again: some must come when files are finished already
+            moments = moments or draw.sample([(tenth + draw.random()) / 10 for tenth in range(10)], 10)
+            killed += self._run((0.02 + 1.08 * moments.pop()) * length)
             resumed += bool(done)
             if self.out.exists() and verify_folder(self.out)["problems"]:
                 raise HftcoreError(f"after kill {killed} the folder is there and not whole")

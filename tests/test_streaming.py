@@ -545,7 +545,7 @@ def test_a_run_killed_at_any_moment_is_continued_by_the_next(pattern):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
-    assert report["killed"] == 10
+    assert report["killed"] >= 10
     assert report["resumed"]
 
 

@@ -13,15 +13,15 @@ from hftcore.grad_rules import Conv1DRule, EmbeddingRule, LinearRule, NormRule, 
 SHARED_PROMPTS = ("PromptEmbedding", "MultitaskPromptEmbedding", "PromptEncoder")
 
 
-def find_rules(model: nn.Module, names: dict[nn.Parameter, str]) -> list[Rule]:
-    """The rule of every module that has parameters to train; `names` are those of all parameters.
+def find_rules(model: nn.Module, modules: dict[str, nn.Module], names: dict[nn.Parameter, str]) -> list[Rule]:
+    """The rule of every module that has parameters to train; `modules` are all of the model, and `names` those of all parameters.
 
     Raises:
         HftcoreError: a trained parameter belongs to a module of no known kind; nothing is trained.
     """
     rules: list[Rule] = [*find_experts(model, names)]
     fused = {rule.module for rule in rules}
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if module in fused:
             continue
         _refuse_dora(name, module)

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -63,7 +63,7 @@ def capture_grad_norms(
             "model.module, and call that"
         )
     watch = Watch(model, SampleLoss(loss, loss_scale), Ledger(norms_only, keep))
-    norms = GradNorms(model, list(watch.trained), watch.loss, watch.ledger)
+    norms = GradNorms(_parts(model, watch), watch.loss, watch.ledger)
     with watch.hooked(), _uncompiled():
         yield norms
     watch.ledger.close()
@@ -73,11 +73,10 @@ def capture_grad_norms(
 class GradNorms:
     """The norms of each sample's gradient; see `capture_grad_norms`."""
 
-    def __init__(self, model: nn.Module, names: list[str], loss: SampleLoss, ledger: Ledger):
-        self._model = model
+    def __init__(self, parts: dict[str, str], loss: SampleLoss, ledger: Ledger):
+        self._names, self._parts = list(parts), list(parts.values())
         self._loss = loss
         self._ledger = ledger
-        self._names = names
 
     @property
     def per_sample(self) -> Tensor:
@@ -97,7 +96,7 @@ class GradNorms:
         ("model.embed_tokens", "model.norm", "lm_head"), in the order of the model. A tied weight counts with the first of its modules.
         """
         parts: dict[str, list[Tensor]] = {}
-        for part, square in zip(_parts(self._model, self._names), self._scaled_squares(), strict=True):
+        for part, square in zip(self._parts, self._scaled_squares(), strict=True):
             parts.setdefault(part, []).append(square)
         return {part: torch.stack(squares).sum(dim=0).sqrt() for part, squares in parts.items()}
 
@@ -167,11 +166,13 @@ def _uncompiled() -> AbstractContextManager[None]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-def _parts(model: nn.Module, names: Sequence[str]) -> Iterator[str]:
-    """Of each named parameter, the part of the model that it counts with."""
-    modules = {module: name for name, module in model.named_modules()}
-    has_blocks = any(isinstance(module, nn.ModuleList) and len(module) for module in modules)
-    found = tuple(f"{modules[block]}." for block in (blocks(model) if has_blocks else ()))
-    for name in names:
+def _parts(model: nn.Module, watch: Watch) -> dict[str, str]:
+    """Name of each trained parameter -> the part of the model that it counts with."""
+    names = {module: name for name, module in watch.modules.items()}
+    has_blocks = any(isinstance(module, nn.ModuleList) and len(module) for module in names)
+    found = tuple(f"{names[block]}." for block in (blocks(model) if has_blocks else ()))
+    parts = {}
+    for name in watch.trained:
         inside = next((block for block in found if name.startswith(block)), "")
-        yield (inside or name[: name.rfind(".") + 1]).removesuffix(".")
+        parts[name] = (inside or name[: name.rfind(".") + 1]).removesuffix(".")
+    return parts

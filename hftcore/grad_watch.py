@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from torch.overrides import TorchFunctionMode
 
 from hftcore.errors import HftcoreError
@@ -38,7 +39,8 @@ class Watch:
         self.model = model
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.trained = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
-        self.rules = find_rules(model, names)
+        self.modules = dict(model.named_modules())
+        self.rules = find_rules(model, self.modules, names)
         self.loss = loss
         self.ledger = ledger
         self.touched: set[str] = set()
@@ -203,10 +205,27 @@ class Watch:
         if call.tokens is None:
             self._check_rows(call.rule, x)
         parameters = [call.rule.parameter(own) for own in call.rule.parameters]
-        weight = _multiplier(call, x, output)
+        weight = self._multiplier(call, x, output)
         if weight is not None:
             output = output.detach()
         return _Tap.apply(weakref.ref(self), call, x, factor, output, weight, *parameters)
+
+    def _multiplier(self, call: Call, x: Tensor, output: Tensor) -> Tensor | None:
+        """The weight, where the gradient of a linear layer's input is formed faster here than by autograd.
+
+        That takes the place of all that autograd knows of `output`, so it must be what `nn.Linear` made of whole parameters.
+        """
+        module = call.rule.module
+        if type(module).forward is not nn.Linear.forward or call.tokens is not None or not x.requires_grad:
+            return None
+        hook: Any = next(iter(module._forward_hooks.values()))
+        is_bare = "forward" not in module.__dict__ and {"weight", "bias"} <= module._parameters.keys()
+        if not is_bare or _global_forward_hooks or getattr(hook, "func", None) != self._see:
+            return None
+        weight = call.rule.parameter("weight").detach()
+        # under autocast they differ
+        is_plain = x.dtype == output.dtype == weight.dtype
+        return weight if is_plain and host_kernels(output, weight).is_input_gradient(output, weight) else None
 
     def _broadcast(self, rule: Rule, ids: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Positions shared by the batch get one row for each sample, which what they are added to has anyway."""
@@ -308,16 +327,6 @@ class _Tap(torch.autograd.Function):
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     # entering the block costs as much as a small kernel
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _multiplier(call: Call, x: Tensor, output: Tensor) -> Tensor | None:
-    """The weight, where the gradient of a linear layer's input is formed faster here than by autograd."""
-    if type(call.rule) is not LinearRule or call.tokens is not None or not x.requires_grad:
-        return None
-    weight = call.rule.parameter("weight").detach()
-    # under autocast they differ
-    is_plain = x.dtype == output.dtype == weight.dtype
-    return weight if is_plain and host_kernels(output, weight).is_input_gradient(output, weight) else None
 
 
 def _is_backward() -> bool:

@@ -170,6 +170,57 @@ def test_gradients_of_inputs_are_those_of_autograd_whoever_forms_them(norms_only
         torch.testing.assert_close(gradient(capture=True), want, rtol=1e-5, atol=1e-7 * float(want.abs().max()))
 
 
+class Reversed(nn.Linear):
+    """Computes what `nn.Linear` does, and hands on the negative gradient."""
+
+    def forward(self, x):
+        return nn.functional.linear(2 * x.detach() - x, self.weight, self.bias)
+
+
+def replace_forward(block):
+    # as accelerate's hooks do
+    own = block.fc1.forward
+    block.fc1.forward = lambda x: own(x) + 0 * x.sum()
+
+
+def replace_class(block):
+    new = Reversed(*reversed(block.fc1.weight.shape))
+    new.load_state_dict(block.fc1.state_dict())
+    block.fc1 = new
+
+
+def parametrize(block):
+    nn.utils.parametrizations.weight_norm(block.fc1.requires_grad_(False))
+    block.fc1.bias.requires_grad_(True)
+
+
+@pytest.mark.parametrize("change", [replace_forward, replace_class, parametrize])
+def test_what_stands_between_a_linear_layers_input_and_output_stays_in_the_gradient(change):
+    model, one = tiny_model("opt").requires_grad_(False), batch((7, 4))
+    block = model.model.decoder.layers[1]
+    block.fc1.requires_grad_(True)
+    change(block)
+    x = model.get_input_embeddings()(one["input_ids"]).requires_grad_(True)
+    rest = {key: value for key, value in one.items() if key != "input_ids"}
+    (want,) = torch.autograd.grad(model(inputs_embeds=x, **rest).loss, x)
+    with capture_grad_norms(model, norms_only=True):
+        model(inputs_embeds=x, **rest).loss.backward()
+    torch.testing.assert_close(x.grad, want, rtol=1e-5, atol=1e-7 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("is_global", [True, False])
+def test_hooks_that_run_before_ours_keep_their_say(is_global):
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3, requires_grad=True)
+    with capture_grad_norms(layer, loss="share"):
+        register = nn.modules.module.register_module_forward_hook if is_global else layer.register_forward_hook
+        handle = register(lambda module, args, output: output * 5, **({} if is_global else {"prepend": True}))
+        try:
+            layer(x).sum().backward()
+        finally:
+            handle.remove()
+    torch.testing.assert_close(x.grad, 5 * layer.weight.sum(dim=0).expand(4, 3))
+
+
 def test_weight_that_changed_before_the_backward_pass_is_refused():
     """As autograd does, for the gradients of the inputs would be those of another model."""
     model, one = tiny_model("llama"), batch((7, 4))

@@ -132,6 +132,7 @@ class Gradients:
 def perturbed(parameters: Parameters, direction: Gradients, rho: float) -> Iterator[None]:
     """Inside the block the parameters are θ + ρ·d/‖d‖; afterwards they are θ again, bit for bit, also after an exception.
 
+    Nothing else may write to them meanwhile: of a weight whose direction has rows of zeros only the rows that the step changed are kept.
     The norm is over all parameters together. The step is rounded once to the parameters' dtype. With ρ = 0, or a direction that is zero
     (the harmful loss is flat, or saturated), they stay as they are.
 
@@ -169,9 +170,9 @@ def perturbed(parameters: Parameters, direction: Gradients, rho: float) -> Itera
     try:
         with torch.no_grad():
             for name, parameter in moved.items():
-                originals.append(SetAside(held(parameter.detach())))
+                originals.append(SetAside(parameter))
                 parameter.add_(direction.tensors[name], alpha=rho / norm)
-                originals[-1].shrink(held(direction.tensors[name]))
+                originals[-1].shrink(direction.tensors[name])
         # autocast keeps half-precision copies of the weights it has seen
         torch.clear_autocast_cache()
         yield

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hftcore.shards import held
+
 PROBES = (
     64  # rows of a direction looked at to learn whether it leaves rows out, as an embedding's and unused experts' does
 )
@@ -10,10 +12,10 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class SetAside:
-    """The weight `held` as it is now.
+    """The weight, or the part of it that this process holds, as it is now.
 
     After a step along `direction`, of the same shape, `shrink` lets go of the rows that it did not change: of an embedding all tokens
-    that did not occur, of fused experts those that no token went to.
+    that did not occur, of fused experts those that no token went to. Until it is put back, nothing else may write to the weight.
 
     >>> weight = torch.tensor([[1.0], [2.0]])
     >>> before = SetAside(weight)
@@ -26,25 +28,28 @@ class SetAside:
     [[1.0], [2.0]]
     """
 
-    def __init__(self, held: Tensor):
-        self._held = held
+    def __init__(self, weight: Tensor):
+        self._weight = weight
         self._rows: Tensor | None = None
-        self.values = held.clone()
+        self.values = self._held().clone()
 
     def shrink(self, direction: Tensor) -> None:
         """Keep the changed rows alone, where the direction has rows of zeros."""
-        if direction.dim() < 2 or not direction.numel():
+        direction, kind = held(direction), BITS.get(self.values.element_size())
+        if direction.dim() < 2 or not direction.numel() or kind is None:
             return
         if bool(direction[:: max(1, len(direction) // PROBES)].flatten(1).any(dim=1).all()):
             return
         # by bits: adding zero to a row can change the sign of a zero in it
-        kind = BITS[self._held.element_size()]
-        changed = (self._held.view(kind) != self.values.view(kind)).flatten(1).any(dim=1)
-        self._rows = changed.nonzero().flatten()
-        self.values = self.values[self._rows]
+        changed = (self._held().view(kind) != self.values.view(kind)).flatten(1).any(dim=1)
+        rows = changed.nonzero().flatten()
+        self.values, self._rows = self.values[rows], rows
 
     def put_back(self) -> None:
         if self._rows is None:
-            self._held.copy_(self.values)
+            self._held().copy_(self.values)
         else:
-            self._held.index_copy_(0, self._rows, self.values)
+            self._held().index_copy_(0, self._rows, self.values)
+
+    def _held(self) -> Tensor:
+        return held(self._weight.detach())

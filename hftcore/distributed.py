@@ -22,7 +22,7 @@ from hftcore.ranks import gather, side_by_side, size_of, summed, together
 from hftcore.selection import search_cut
 
 BAND = 1 << 23  # scores in memory at a time; each takes some 13 bytes
-SIDE_BY_SIDE = 64  # matrices whose rounds are shared; each has up to 3 MB of keys in memory
+SIDE_BY_SIDE = 64  # matrices whose rounds are shared; each has some 3 MB of keys in memory at most
 
 
 @dataclass(frozen=True)

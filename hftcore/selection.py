@@ -27,6 +27,10 @@ from hftcore.ties import share_out, ties_by_row
 SAMPLE = 1 << 16
 LARGEST_SAMPLE = 1 << 19  # where that makes one pass do, it is worth drawing
 ROOM = 3 << 18  # keys that are collected at most; a quarter of the memory that a selection may take
+SHARE, LARGEST_ROOM = (
+    128,
+    1 << 24,
+)  # of a large group one in so many, which a large sample's window fits into, up to 64 MB
 COARSE, FINE = 20, 12  # bits of a sample's keys that are left out at first, and then; a window is some 2**18 wide
 
 
@@ -80,16 +84,17 @@ def search_cut(
         HftcoreError: the parts of all processes do not make up the whole.
     """
     counted = [make for make, place in zip(parts, places, strict=True) if place.is_counted]
-    window, expected, collects, is_cut = yield from _propose(parts, places, count, total, ROOM * processes)
-    few = ROOM * processes if collects and 0 < count < total else 0
+    room = max(ROOM, min(LARGEST_ROOM, total // (SHARE * processes)))
+    window, expected, collects, is_cut = yield from _propose(parts, places, count, total, room * processes)
+    few = room * processes if collects and 0 < count < total else 0
     end = None
     if 0 < expected <= few:
-        end = yield from _collect(counted, count, window, processes)
+        end = yield from _collect(counted, count, window, room, processes)
     if end is None:
         bracket = yield from _confine(counted, count, total, window, few)
         if 0 < bracket.inside <= few:
             window = bracket.low, bracket.high
-            end = yield from _collect(counted, count, window, processes)
+            end = yield from _collect(counted, count, window, room, processes)
             if end is None:  # one process had more than its share of them
                 bracket = yield from _confine(counted, count, total, window, 0)
     if end is None:
@@ -178,14 +183,14 @@ def _confine(parts: Iterable[Maker], count: int, total: int, window: tuple[int, 
 
 
 def _collect(
-    parts: Sequence[Maker], count: int, window: tuple[int, int], processes: int
+    parts: Sequence[Maker], count: int, window: tuple[int, int], room: int, processes: int
 ) -> Search[tuple[Threshold, list[Tensor] | None] | None]:
     """The threshold, and how many ties each row has if not all go, from all keys in the window as one pass collects them.
 
     None where the window does not hold the wanted one, or more than a process has room for.
     """
     low, high = window
-    keys = torch.empty(ROOM, dtype=torch.int32)
+    keys = torch.empty(room, dtype=torch.int32)
     below = spoiled = filled = 0
     starts, counts = [], []
     for part in parts:
@@ -193,10 +198,10 @@ def _collect(
         starts.append(start + filled)
         counts.append(inside)
         below, spoiled, filled = below + under, spoiled + strange, filled + int(inside.sum())
-        if filled > ROOM:
+        if filled > room:
             break
-    found = keys[: filled if filled <= ROOM else 0].numpy()
-    facts = torch.tensor([below, spoiled, filled, filled > ROOM])
+    found = keys[: filled if filled <= room else 0].numpy()
+    facts = torch.tensor([below, spoiled, filled, filled > room])
     # one process partitions its keys, which is faster than to count them
     shift, counted = shift_of(low, high), found[: len(found) if processes > 1 else 0]
     told = yield torch.cat([facts, bins_of((counted - low) >> shift, None, ((high - low - 1) >> shift) + 1)])

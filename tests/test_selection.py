@@ -93,6 +93,10 @@ def test_a_matrix_whose_window_fits_is_read_once(monkeypatch):
         calls.clear()
         find_cut([lambda: part], [(50, 60)], 1500)
         assert calls == ["sampled_keys", "score_histogram", "keys_between"]
+        monkeypatch.setattr(selection, "SHARE", 3)
+        calls.clear()
+        find_cut([lambda: part], [(50, 60)], 1500)
+        assert calls == ["sampled_keys", "keys_between"]
 
 
 @pytest.mark.parametrize("room", [1, 1 << 20])

@@ -62,6 +62,26 @@ def test_every_bit_comes_back(seed, rho, dtype):
     assert equal(bits(theta), before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_gradients_are_added_like_plain_ones_and_keep_no_rows_of_zeros(dtype):
+    table, matrix = torch.zeros(300, 4, 2), torch.randn(300, 5)
+    table[7], table[200, 1, 1] = 2.0, -3.0
+    plain = Gradients({"table": table.to(dtype), "matrix": matrix.to(dtype)})
+    packed = Gradients(dict(plain.tensors)).packed()
+    assert packed.tensors["table"].values().shape == (2, 4, 2)
+    assert packed.tensors["matrix"] is plain.tensors["matrix"]
+    found = []
+    for gradients in (plain, packed):
+        theta = {name: nn.Parameter(torch.zeros_like(tensor)) for name, tensor in plain.tensors.items()}
+        for start in (None, 0.25):
+            for parameter in theta.values():
+                parameter.grad = None if start is None else torch.full_like(parameter, start)
+            gradients.add_to_grad(theta, 0.5)
+            found.append({name: parameter.grad for name, parameter in theta.items()})
+    assert equal(bits(found[0]), bits(found[2]))
+    assert equal(bits(found[1]), bits(found[3]))
+
+
 @pytest.mark.parametrize("rho", [0.5, -0.5])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_stay_are_not_kept_and_every_bit_comes_back(rho, dtype):

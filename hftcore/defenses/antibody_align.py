@@ -111,7 +111,7 @@ def align_step(
             refused.append(refusal())
 
     change = gradient_change(parameters, observed, -settings.rho, refuse)
-    at_moved = Gradients.take(parameters)
+    at_moved = Gradients.take(parameters).packed()
     loss = align()
     aligned = Gradients.of(parameters)
     length, of_change, dot = finite_norm(aligned, "the alignment gradient"), change.norm(), aligned.dot(change)

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hftcore.defenses.set_aside import SetAside
+from hftcore.defenses.set_aside import SetAside, leaves_rows_out
 from hftcore.errors import HftcoreError, NonFiniteError
-from hftcore.shards import Cut, add_parts, cut_of, held
+from hftcore.shards import Cut, add_parts, cut_of, held, is_sharded
 
 Parameters = Mapping[str, nn.Parameter]
 Pass = Callable[[], Tensor]
@@ -62,6 +62,13 @@ class Gradients:
         for parameter in parameters.values():
             parameter.grad = None
         return taken
+
+    def packed(self) -> "Gradients":
+        """These, without the rows of zeros of an embedding or of unused experts, whose memory is free; to be added to others only."""
+        for name, tensor in self.tensors.items():
+            if not is_sharded(tensor) and leaves_rows_out(tensor):
+                self.tensors[name] = tensor.to_sparse(1)
+        return self
 
     def norm(self) -> float:
         """The 2-norm over all of them, summed in float64; not finite where a gradient is not."""
@@ -111,7 +118,7 @@ class Gradients:
             for name, tensor in self.tensors.items():
                 grad = parameters[name].grad
                 if grad is None:
-                    parameters[name].grad = tensor * factor
+                    parameters[name].grad = (tensor.to_dense() if tensor.is_sparse else tensor) * factor
                 else:
                     grad.add_(tensor, alpha=factor)
 

@@ -11,6 +11,13 @@ PROBES = (
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def leaves_rows_out(gradient: Tensor) -> bool:
+    """Whether some rows of it are zero, going by a few of them."""
+    if gradient.dim() < 2 or not gradient.numel():
+        return False
+    return not bool(gradient[:: max(1, len(gradient) // PROBES)].flatten(1).any(dim=1).all())
+
+
 class SetAside:
     """The weight, or the part of it that this process holds, as it is now.
 
@@ -35,10 +42,8 @@ class SetAside:
 
     def shrink(self, direction: Tensor) -> None:
         """Keep the changed rows alone, where the direction has rows of zeros."""
-        direction, kind = held(direction), BITS.get(self.values.element_size())
-        if direction.dim() < 2 or not direction.numel() or kind is None:
-            return
-        if bool(direction[:: max(1, len(direction) // PROBES)].flatten(1).any(dim=1).all()):
+        kind = BITS.get(self.values.element_size())
+        if kind is None or not leaves_rows_out(held(direction)):
             return
         # by bits: adding zero to a row can change the sign of a zero in it
         changed = (self._held().view(kind) != self.values.view(kind)).flatten(1).any(dim=1)

@@ -22,7 +22,7 @@ from hftcore.ranks import gather, side_by_side, size_of, summed, together
 from hftcore.selection import search_cut
 
 BAND = 1 << 23  # scores in memory at a time; each takes some 13 bytes
-SIDE_BY_SIDE = 64  # matrices whose rounds are shared; each has some 3 MB of keys in memory at most
+SIDE_BY_SIDE = 64  # matrices whose rounds are shared; each has up to 3 MB of keys in memory
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Shard:
     Fields:
         weight: [m, n] float32, bfloat16 or float16; may be empty.
         energy: [n] float32, of these columns.
-        whole: (M, N), the shape of the whole matrix. The shards of all processes lie side by side in it and fill it.
+        whole: (M, N), the shape of the whole matrix. The shards of all processes lie side by side in it and fill it; their weights are
+            counted, but that they do not overlap is not checked.
         row, column: where in it the first weight lies.
         reference: of the shape of `weight`, or None.
         is_counted: False where another process gives the same part and this one repeats it.
@@ -93,6 +94,9 @@ def sharded_masks(shards: Sequence[Shard], pattern: Pattern | str, group: Any = 
         return _row_masks(shards, pattern, group)
     with together(group) as word:
         _check(shards, pattern, word.same)
+        for shard in shards:
+            if not shard.is_counted:  # the search does not look at it
+                _refuse_nonfinite(shard)
     if pattern.scope == "model":
         return _masks_of_groups([shards] if shards else [], pattern, group)
     masks = []
@@ -120,6 +124,13 @@ def _check(shards: Sequence[Shard], pattern: Pattern, same: list[Any]) -> None:
                 f"sparsity {pattern.sparsity!r} needs columns in groups of {pattern.group[1]} on every process, "
                 f"got {shard.weight.shape[1]} from column {shard.column} on"
             )
+
+
+def _refuse_nonfinite(shard: Shard) -> None:
+    if bad := shard.part().call("nonfinite"):
+        raise NonFiniteError(
+            f"weight has {int(bad)} scores that are NaN or infinite; repair the weights or calibrate again"
+        )
 
 
 def _masks_of_groups(groups: Sequence[Sequence[Shard]], pattern: Pattern, group: Any) -> list[Tensor]:
@@ -156,10 +167,7 @@ def _row_masks(shards: Sequence[Shard], pattern: Pattern, group: Any) -> list[Te
                 continue
             word.is_any = True
             masks.append(shard.empty_mask())
-            if bad := shard.part().call("nonfinite"):
-                raise NonFiniteError(
-                    f"weight has {int(bad)} scores that are NaN or infinite; repair the weights or calibrate again"
-                )
+            _refuse_nonfinite(shard)
     if not word.is_any:
         return masks
     facts = [[*shard.weight.shape, shard.row, shard.column, shard.is_counted] for shard in shards]

@@ -17,8 +17,9 @@ from hftcore.energy import Energy
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.layers import Layer, Targets, find_layers
 from hftcore.matching import check_energy, energy_layers, reference_weights, refuse_unmeasured
+from hftcore.parts import Part
 from hftcore.pattern import Pattern
-from hftcore.selection import Part, find_cut
+from hftcore.selection import find_cut
 from hftcore.sequential import blockwise_energy
 
 Score = Literal["wanda", "magnitude", "random"]

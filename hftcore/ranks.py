@@ -146,7 +146,7 @@ def add_up_(energy: Energy, group: Any) -> None:
             )
     counts = [torch.tensor([energy.tokens, energy.samples]), *(count.cpu() for count in energy.expert_tokens.values())]
     counted = summed(torch.cat(counts), group).split([len(count) for count in counts])
-    step = max(1, AT_ONCE // dist.get_world_size(group))
+    step = max(1, AT_ONCE // size_of(group))
     flat = [value.reshape(-1).cpu() for value in energy.values()]
     total = (
         torch.cat([_in_order(gather(part, group)) for part in torch.cat(flat).split(step)]) if flat else torch.empty(0)

@@ -19,19 +19,18 @@ from torch import Tensor
 from hftcore.backend import backend_for
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels.reference import FINITE
-from hftcore.parts import Maker, Place
-from hftcore.parts import Part as Part
+from hftcore.parts import Maker, Part, Place
 from hftcore.searches import BINS_BITS, Search, bins_of, by_itself, descend, narrowed, shift_of
 from hftcore.ties import share_out, ties_by_row
 
 SAMPLE = 1 << 16
+SMALL = 1 << 17  # weights that are collected all, for a sample would hardly be smaller
 LARGEST_SAMPLE = 1 << 19  # where that makes one pass do, it is worth drawing
 ROOM = 3 << 18  # keys that are collected at most; a quarter of the memory that a selection may take
-SHARE, LARGEST_ROOM = (
-    128,
-    1 << 24,
-)  # of a large group one in so many, which a large sample's window fits into, up to 64 MB
-COARSE, FINE = 20, 12  # bits of a sample's keys that are left out at first, and then; a window is some 2**18 wide
+COARSE, FINE = (
+    20,
+    11,
+)  # bits of a sample's keys that are left out at first, and then; a histogram of so wide a window is exact
 
 
 @dataclass(frozen=True)
@@ -84,17 +83,16 @@ def search_cut(
         HftcoreError: the parts of all processes do not make up the whole.
     """
     counted = [make for make, place in zip(parts, places, strict=True) if place.is_counted]
-    room = max(ROOM, min(LARGEST_ROOM, total // (SHARE * processes)))
-    window, expected, collects, is_cut = yield from _propose(parts, places, count, total, room * processes)
-    few = room * processes if collects and 0 < count < total else 0
+    window, expected, collects, is_cut = yield from _propose(parts, places, count, total, processes)
+    few = ROOM * processes if collects and 0 < count < total else 0
     end = None
     if 0 < expected <= few:
-        end = yield from _collect(counted, count, window, room, processes)
+        end = yield from _collect(counted, count, window, processes)
     if end is None:
         bracket = yield from _confine(counted, count, total, window, few)
         if 0 < bracket.inside <= few:
             window = bracket.low, bracket.high
-            end = yield from _collect(counted, count, window, room, processes)
+            end = yield from _collect(counted, count, window, processes)
             if end is None:  # one process had more than its share of them
                 bracket = yield from _confine(counted, count, total, window, 0)
     if end is None:
@@ -116,7 +114,7 @@ def find_threshold(parts: Sequence[Maker], sizes: Sequence[tuple[int, int]], cou
     """
     total = sum(rows * columns for rows, columns in sizes)
     places = [Place(rows, columns, 0, 0, columns) for rows, columns in sizes]
-    window, *_ = by_itself(_propose(parts, places, count, total, ROOM))
+    window, *_ = by_itself(_propose(parts, places, count, total, 1))
     found = confine(parts, count, total, window, 0)
     return Threshold(found.low, count - found.below, found.inside)
 
@@ -183,14 +181,14 @@ def _confine(parts: Iterable[Maker], count: int, total: int, window: tuple[int, 
 
 
 def _collect(
-    parts: Sequence[Maker], count: int, window: tuple[int, int], room: int, processes: int
+    parts: Sequence[Maker], count: int, window: tuple[int, int], processes: int
 ) -> Search[tuple[Threshold, list[Tensor] | None] | None]:
     """The threshold, and how many ties each row has if not all go, from all keys in the window as one pass collects them.
 
     None where the window does not hold the wanted one, or more than a process has room for.
     """
     low, high = window
-    keys = torch.empty(room, dtype=torch.int32)
+    keys = torch.empty(ROOM, dtype=torch.int32)
     below = spoiled = filled = 0
     starts, counts = [], []
     for part in parts:
@@ -198,10 +196,10 @@ def _collect(
         starts.append(start + filled)
         counts.append(inside)
         below, spoiled, filled = below + under, spoiled + strange, filled + int(inside.sum())
-        if filled > room:
+        if filled > ROOM:
             break
-    found = keys[: filled if filled <= room else 0].numpy()
-    facts = torch.tensor([below, spoiled, filled, filled > room])
+    found = keys[: filled if filled <= ROOM else 0].numpy()
+    facts = torch.tensor([below, spoiled, filled, filled > ROOM])
     # one process partitions its keys, which is faster than to count them
     shift, counted = shift_of(low, high), found[: len(found) if processes > 1 else 0]
     told = yield torch.cat([facts, bins_of((counted - low) >> shift, None, ((high - low - 1) >> shift) + 1)])
@@ -232,14 +230,17 @@ def _refuse(spoiled: int) -> None:
 
 
 def _propose(
-    parts: Sequence[Maker], places: Sequence[Place], count: int, total: int, room: int
+    parts: Sequence[Maker], places: Sequence[Place], count: int, total: int, processes: int
 ) -> Search[tuple[tuple[int, int], int, bool, bool]]:
     """A window of keys that very likely holds the wanted one, four standard deviations of the sample's order statistic; how many
     weights that window is expected to hold; whether they can be collected at less than the cost of another pass; and whether some
     matrix is cut by columns."""
+    counted = sum(place.rows * place.columns for place in places if place.is_counted)
+    if processes == 1 and 0 < counted == total <= SMALL and _can_collect(parts[0]()):
+        return (0, FINITE), total, True, False
     share = count / max(1, total)
     spread = 8 * sqrt(share * (1 - share))
-    fitting = ceil((1.1 * spread * total / room) ** 2)  # for what the window holds to fit
+    fitting = ceil((1.1 * spread * total / (ROOM * processes)) ** 2)  # for what the window holds to fit
     step = (
         max(1, total // max(SAMPLE, fitting if fitting <= LARGEST_SAMPLE else 0)) | 1
     )  # odd, not to keep hitting the same columns

@@ -20,8 +20,9 @@ from torch import nn
 import hftcore
 from hftcore import Energy, HftcoreError, NonFiniteError, Pattern, distributed, ops, selection
 from hftcore.distributed import Shard, sharded_mask, sharded_masks
+from hftcore.parts import Part
 from hftcore.ranks import add_up_
-from hftcore.selection import Part, find_cut
+from hftcore.selection import find_cut
 
 RANKS = 4
 PATTERNS = [
@@ -91,6 +92,7 @@ def draw_passes(draw):
     """A sample that tells much or little, and room for all keys in its window, for few, or for those of some processes only."""
     selection.SAMPLE, selection.LARGEST_SAMPLE = draw.choice([(8, 16), (100, 0), (1 << 16, 1 << 19)])
     selection.ROOM = draw.choice([1, 30, 100, 3 << 18])
+    selection.SMALL = draw.choice([0, 1 << 17])
 
 
 def check_matrix(seed, pattern, rank, group):
@@ -143,6 +145,8 @@ def check_refusals(rank, group):
         for shard in (Shard(weight, ones, all_rows, row=4 * rank), Shard(weight, ones, all_columns, column=8 * rank)):
             with pytest.raises(NonFiniteError):
                 sharded_mask(shard, pattern, group)
+    with pytest.raises(NonFiniteError):
+        sharded_mask(Shard(weight, ones, (4, 8), is_counted=rank == 0), "0.5 matrix", group)
     good = torch.ones(4, 8)
     for arguments, message in [
         ((Shard(torch.ones(4 + rank, 8), ones, (7, 8 * RANKS), column=8 * rank), "50%"), "the same rows on each"),

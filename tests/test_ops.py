@@ -158,7 +158,11 @@ def test_a_misleading_sample_costs_passes_not_exactness(backend, monkeypatch):
     """The sample is told that all weights are tiny; the answer stays right."""
     from hftcore import selection
 
-    monkeypatch.setattr(selection, "_propose", lambda *_: ((1, 2), 600, True))
+    def propose(*_):
+        yield torch.zeros(1)
+        return (1, 2), 600, True, False
+
+    monkeypatch.setattr(selection, "_propose", propose)
     weight, energy = weights("normal", 20, 30, torch.float32), energies(30)
     pattern = Pattern("40%", scope="matrix")
     mask = ops.unpack_mask(ops.prune_mask(weight, energy, pattern), 30)

@@ -7,7 +7,8 @@ from inputs import energies, weights
 import hftcore
 from hftcore import selection
 from hftcore.kernels import reference
-from hftcore.selection import Part, find_cut
+from hftcore.parts import Part
+from hftcore.selection import find_cut
 
 KINDS = ("normal", "few_values", "zeros", "half_zeros", "outlier", "denormal")
 SHAPES = ((5, 40), (1, 64), (0, 7), (30, 33))
@@ -57,7 +58,8 @@ def same(cut, wanted):
 @pytest.mark.parametrize("sample", [8, 200, 1 << 16])
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_the_cut_is_that_of_a_sort_whatever_room_and_sample_there_are(monkeypatch, kind, room, sample, backend):
-    """Without room, as on a GPU, where keys are only counted."""
+    """Without room, as on a GPU, where keys are only counted; with the largest sample, of groups so small that none is drawn."""
+    monkeypatch.setattr(selection, "SMALL", SIZE if sample > SIZE else 0)
     monkeypatch.setattr(selection, "ROOM", room or 1)
     monkeypatch.setattr(selection, "SAMPLE", sample)
     monkeypatch.setattr(selection, "LARGEST_SAMPLE", 2 * sample)
@@ -86,6 +88,10 @@ def test_a_matrix_whose_window_fits_is_read_once(monkeypatch):
     part = Part(weights("normal", 50, 60, torch.float32), torch.ones(60))
     with hftcore.use_backend("torch"):
         find_cut([lambda: part], [(50, 60)], 1500)
+        assert calls == ["keys_between"]
+        monkeypatch.setattr(selection, "SMALL", 2999)
+        calls.clear()
+        find_cut([lambda: part], [(50, 60)], 1500)
         assert calls == ["sampled_keys", "keys_between"]
         monkeypatch.setattr(selection, "ROOM", 100)
         monkeypatch.setattr(selection, "LARGEST_SAMPLE", 0)
@@ -93,10 +99,6 @@ def test_a_matrix_whose_window_fits_is_read_once(monkeypatch):
         calls.clear()
         find_cut([lambda: part], [(50, 60)], 1500)
         assert calls == ["sampled_keys", "score_histogram", "keys_between"]
-        monkeypatch.setattr(selection, "SHARE", 3)
-        calls.clear()
-        find_cut([lambda: part], [(50, 60)], 1500)
-        assert calls == ["sampled_keys", "keys_between"]
 
 
 @pytest.mark.parametrize("room", [1, 1 << 20])

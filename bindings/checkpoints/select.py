@@ -11,8 +11,9 @@ from hftcore import checks, ops
 from hftcore.bindings.checkpoints.pieces import Piece
 from hftcore.bindings.checkpoints.threshold import Source, find_shares
 from hftcore.errors import HftcoreError, NonFiniteError
+from hftcore.parts import Part
 from hftcore.pattern import Pattern
-from hftcore.selection import Part, Threshold, find_threshold, first_ties
+from hftcore.selection import Threshold, find_threshold, first_ties
 
 
 class Selection:

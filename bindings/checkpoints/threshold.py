@@ -13,7 +13,8 @@ from hftcore.bindings.checkpoints.blocks import Blocks, Rows, rows_of
 from hftcore.bindings.checkpoints.pieces import Piece
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels.reference import FINITE
-from hftcore.selection import Part, confine
+from hftcore.parts import Part
+from hftcore.selection import confine
 
 KEYS = 1 << 23  # held in memory at most
 STRETCHES = 4096  # of the files make up a sample, at most

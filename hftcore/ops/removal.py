@@ -7,8 +7,9 @@ from hftcore import checks
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels import reference as meaning
 from hftcore.ops.masks import masked_put_, masked_take
+from hftcore.parts import Part
 from hftcore.pattern import Pattern
-from hftcore.selection import Part, find_cut
+from hftcore.selection import find_cut
 
 _compiling = torch.compiler.is_compiling
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from hftcore.kernels import native
 
 FEW = 16  # tokens of a sample: below, adding its share to the gradient's tile costs more than the product
-LEAST = 64  # rows, and features of either side, of a product that is faster here than PyTorch's
+# features of an input, at least, and outputs to one of them, at most, whose gradient is faster here than PyTorch's product
+LEAST, TALL = 512, 4
 
 direct = native.direct
 direct_with_gradient = native.direct_with_gradient
@@ -29,8 +30,9 @@ def is_direct_with_gradient(T: int, M: int, N: int, has_gram: bool = False) -> b
 
 
 def is_input_gradient(g: Tensor, weight: Tensor) -> bool:
-    is_large = min(g.numel() // max(1, g.shape[-1]), *weight.shape) >= LEAST
-    return is_large and g.dtype == weight.dtype == torch.float32 and native.simd().startswith("avx512")
+    M, N = weight.shape
+    is_wide = N >= LEAST and M <= TALL * N and g.numel() >= FEW * M
+    return is_wide and g.dtype == weight.dtype == torch.float32 and native.simd().startswith("avx512")
 
 
 def input_gradient(g: Tensor, weight: Tensor) -> Tensor:

@@ -210,13 +210,14 @@ def test_gradient_of_a_linear_input_is_that_of_autograd(shape, simd):
 
 @needs_native
 def test_gradient_of_a_linear_input_is_formed_here_where_that_is_faster():
-    g, weight = torch.empty(8, 8, 64), torch.empty(64, 64)
+    g, weight = torch.empty(4, 4, 64), torch.empty(64, 512)
     for simd in native.simds():
         with native.use_simd(simd):
             faster = simd.startswith("avx512")
             assert native_gradients.is_input_gradient(g, weight) == faster
             assert not native_gradients.is_input_gradient(g[:, 1:], weight)
             assert not native_gradients.is_input_gradient(g, weight[:, 1:])
+            assert not native_gradients.is_input_gradient(torch.empty(4, 4, 2049), torch.empty(2049, 512))
             assert not native_gradients.is_input_gradient(g.bfloat16(), weight.bfloat16())
     assert not gradients.is_input_gradient(g, weight)
 

@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
 from torch.overrides import TorchFunctionMode
 
 from hftcore.errors import HftcoreError
 from hftcore.grad_experts import ExpertsRule, Pool, by_sample
 from hftcore.grad_find import find_rules
+from hftcore.grad_inputs import faster_inputs
 from hftcore.grad_ledger import Ledger
 from hftcore.grad_loss import SampleLoss
 from hftcore.grad_rules import EmbeddingRule, LinearRule, RouterRule, Rule
 from hftcore.layers import Layer, adapters, body
-from hftcore.ops.gradients import host_kernels
 from hftcore.shards import is_sharded
 
 
@@ -77,6 +76,7 @@ class Watch:
             experts = {rule.layer: rule for rule in self.rules if isinstance(rule, ExpertsRule)}
             for adapter in adapters(self.model) if experts else ():
                 stack.enter_context(adapter.capture_experts(list(experts), partial(self._see_expert, experts)))
+            stack.enter_context(faster_inputs(self.modules.values()))
             yield
 
     def _hide(self, rule: Rule) -> None:
@@ -205,27 +205,7 @@ class Watch:
         if call.tokens is None:
             self._check_rows(call.rule, x)
         parameters = [call.rule.parameter(own) for own in call.rule.parameters]
-        weight = self._multiplier(call, x, output)
-        if weight is not None:
-            output = output.detach()
-        return _Tap.apply(weakref.ref(self), call, x, factor, output, weight, *parameters)
-
-    def _multiplier(self, call: Call, x: Tensor, output: Tensor) -> Tensor | None:
-        """The weight, where the gradient of a linear layer's input is formed faster here than by autograd.
-
-        That takes the place of all that autograd knows of `output`, so it must be what `nn.Linear` made of whole parameters.
-        """
-        module = call.rule.module
-        if type(module).forward is not nn.Linear.forward or call.tokens is not None or not x.requires_grad:
-            return None
-        hook: Any = next(iter(module._forward_hooks.values()))
-        is_bare = "forward" not in module.__dict__ and {"weight", "bias"} <= module._parameters.keys()
-        if not is_bare or _global_forward_hooks or getattr(hook, "func", None) != self._see:
-            return None
-        weight = call.rule.parameter("weight").detach()
-        # under autocast they differ
-        is_plain = x.dtype == output.dtype == weight.dtype
-        return weight if is_plain and host_kernels(output, weight).is_input_gradient(output, weight) else None
+        return _Tap.apply(weakref.ref(self), call, x, factor, output, *parameters)
 
     def _broadcast(self, rule: Rule, ids: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Positions shared by the batch get one row for each sample, which what they are added to has anyway."""
@@ -289,22 +269,12 @@ class _LinearMode(TorchFunctionMode):
 class _Tap(torch.autograd.Function):
     """The identity on a module's output; its backward pass hands the module's input and output gradient over.
 
-    As autograd pairs them itself, they fit whatever gradient checkpointing runs again, and however often a module is called. Given the
-    weight of a linear layer, it forms the gradient of x itself, and `output` must have no history.
+    As autograd pairs them itself, they fit whatever gradient checkpointing runs again, and however often a module is called.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        watch: Any,
-        call: Call,
-        x: Tensor,
-        factor: float | Tensor,
-        output: Tensor,
-        weight: Tensor | None,
-        *_: Tensor,
-    ) -> Any:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, watch: Any, call: Call, x: Tensor, factor: float | Tensor, output: Tensor, *_: Tensor) -> Any:
+        ctx.save_for_backward(x)
         ctx.watch, ctx.call, ctx.factor = watch, call, factor
         return output.detach()
 
@@ -317,11 +287,10 @@ class _Tap(torch.autograd.Function):
             raise HftcoreError(
                 "gradients in a capture_grad_norms block have no second derivatives; leave create_graph out"
             )
-        x, weight = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         with _without_autocast(g.device.type), torch.no_grad():
             own = watch.take(ctx.call, x.detach(), g if isinstance(ctx.factor, float) else g * ctx.factor)
-            of_input = None if weight is None else host_kernels(g, weight).input_gradient(g, weight)
-        return None, None, of_input, None, g, None, *own
+        return None, None, None, None, g, *own
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:

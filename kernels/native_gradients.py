@@ -31,8 +31,7 @@ def is_direct_with_gradient(T: int, M: int, N: int, has_gram: bool = False) -> b
 
 def is_input_gradient(g: Tensor, weight: Tensor) -> bool:
     M, N = weight.shape
-    is_wide = N >= LEAST and M <= TALL * N and g.numel() >= FEW * M
-    return is_wide and g.dtype == weight.dtype == torch.float32 and native.simd().startswith("avx512")
+    return LEAST <= N >= M / TALL and g.dtype == weight.dtype == torch.float32 and native.simd().startswith("avx512")
 
 
 def input_gradient(g: Tensor, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.grad_norms import capture_grad_norms
-from hftcore.kernels import native_gradients
+from hftcore.kernels import native, native_gradients
 
 RTOL = 1e-5  # float32 forward and backward passes of two blocks against float64
 
@@ -219,6 +219,19 @@ def test_hooks_that_run_before_ours_keep_their_say(is_global):
         finally:
             handle.remove()
     torch.testing.assert_close(x.grad, 5 * layer.weight.sum(dim=0).expand(4, 3))
+
+
+@pytest.mark.skipif(not native.simd().startswith("avx512"), reason="autograd's product is the faster one here")
+@pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"]])
+def test_the_library_forms_the_gradients_of_the_inputs_of_trained_and_of_frozen_linear_layers(targets, monkeypatch):
+    model, one, want = tiny_model("llama"), batch((7, 4)), 7 + 7 + 1
+    if targets:
+        # what comes before the first factors sees no input that requires a gradient, and their second ones are too tall
+        model, want = with_lora(model, targets), 5 + 9 + 1
+    formed, form = [], native_gradients.input_gradient
+    monkeypatch.setattr(native_gradients, "input_gradient", lambda g, weight: formed.append(1) or form(g, weight))
+    run(model, one)
+    assert len(formed) == want
 
 
 def test_weight_that_changed_before_the_backward_pass_is_refused():

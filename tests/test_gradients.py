@@ -215,7 +215,6 @@ def test_gradient_of_a_linear_input_is_formed_here_where_that_is_faster():
         with native.use_simd(simd):
             faster = simd.startswith("avx512")
             assert native_gradients.is_input_gradient(g, weight) == faster
-            assert not native_gradients.is_input_gradient(g[:, 1:], weight)
             assert not native_gradients.is_input_gradient(g, weight[:, 1:])
             assert not native_gradients.is_input_gradient(torch.empty(4, 4, 2049), torch.empty(2049, 512))
             assert not native_gradients.is_input_gradient(g.bfloat16(), weight.bfloat16())

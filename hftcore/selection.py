@@ -27,10 +27,8 @@ SAMPLE = 1 << 16
 SMALL = 1 << 17  # weights that are collected all, for a sample would hardly be smaller
 LARGEST_SAMPLE = 1 << 19  # where that makes one pass do, it is worth drawing
 ROOM = 3 << 18  # keys that are collected at most; a quarter of the memory that a selection may take
-COARSE, FINE = (
-    20,
-    11,
-)  # bits of a sample's keys that are left out at first, and then; a histogram of so wide a window is exact
+# bits of a sample's keys that are left out at first, and then; a histogram of so wide a window is exact
+COARSE, FINE = 20, 11
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from torch import Tensor
 
 from hftcore.shards import held
 
-PROBES = (
-    64  # rows of a direction looked at to learn whether it leaves rows out, as an embedding's and unused experts' does
-)
+# rows of a gradient looked at to learn whether it leaves rows out, as an embedding's and unused experts' does
+PROBES = 64
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/hftcore demo
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 gpu: $(READY)
 	$(BIN)/hftcore-bench gpu

@@ -30,7 +30,7 @@ from hftcore.bench.measure import OURS, timed
 from hftcore.bench.models import model_of
 from hftcore.bench.report import table
 from hftcore.bench.results import Measurement
-from hftcore.bench.scaling import ALONE, CALIBRATED, ONE, PATTERNS, SIDE, selected
+from hftcore.bench.scaling import ALONE, BY_COLUMNS, CALIBRATED, ONE, PATTERNS, SIDE, selected
 from hftcore.bench.timing import Neighbours, is_noisy, paired_ratio
 from hftcore.distributed import Shard, sharded_masks
 from hftcore.errors import HftcoreError
@@ -183,25 +183,27 @@ def masks_alone(shards: Sequence[Shard], pattern: Pattern) -> list[Tensor]:
 
 
 def selection(rank: int, count: int, size: int, pattern: str, rounds: int) -> dict[str, Any]:
-    """Masks of `size` matrices, of which each process holds its share of the rows, against the same work without the others."""
+    """Masks of `size` matrices, of which each process holds its share of the rows or columns, against the same work without the others."""
     draw = torch.Generator().manual_seed(rank)
-    rows = SIDE // count
-    noise = torch.randn(rows, SIDE, generator=draw).bfloat16()
-    energy = torch.rand(SIDE, generator=torch.Generator().manual_seed(9))
-    shards = [
-        Shard(noise * (1 + 0.01 * number), energy, (rows * count, SIDE), row=rows * rank) for number in range(size)
-    ]
+    share = SIDE // count
+    (rows, columns), (row, column) = (SIDE, share), (0, share * rank)
+    if pattern != BY_COLUMNS:
+        rows, columns, row, column = columns, rows, column, row
+    noise = torch.randn(rows, columns, generator=draw).bfloat16()
+    energy = torch.rand(SIDE, generator=torch.Generator().manual_seed(9))[:columns]
+    shards = [Shard(noise * (1 + 0.01 * number), energy, (SIDE, SIDE), row, column) for number in range(size)]
+    wanted = Pattern.of(pattern.removesuffix(" by columns"))
     times = in_turns(
         {
-            "alone": lambda: masks_alone(shards, Pattern.of(pattern)),
-            "shared": lambda: sharded_masks(shards, pattern, dist.group.WORLD),
+            "alone": lambda: masks_alone(shards, wanted),
+            "shared": lambda: sharded_masks(shards, wanted, dist.group.WORLD),
         },
         rounds,
         sum,
     )
     with counted() as counts:
-        sharded_masks(shards, pattern, dist.group.WORLD)
-    return {"weights": size * rows * count * SIDE, "matrices": size, "pattern": pattern, **counts, **times}
+        sharded_masks(shards, wanted, dist.group.WORLD)
+    return {"weights": size * SIDE**2, "matrices": size, "pattern": pattern, **counts, **times}
 
 
 def take_part(rank: int, order: dict[str, Any]) -> dict[str, Any]:

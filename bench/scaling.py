@@ -150,7 +150,8 @@ SWEEPS: dict[str, Sweep] = {
 # of several processes, as `hftcore-bench ranks` measures them
 SIDE = 4096  # rows and columns of each matrix that is selected on
 SIZES = (1, 4, 16, 64)  # so many of them: 17 million to 1.07 billion weights
-PATTERNS = ("0.5 row", "0.5 model")
+BY_COLUMNS = "0.5 row by columns"
+PATTERNS = ("0.5 row", BY_COLUMNS, "0.5 model")  # by columns: rows that no process holds whole
 CALIBRATED = "calibrate by ranks"
 ONE, ALONE = "one process", "each process by itself"  # what several together are compared with
 

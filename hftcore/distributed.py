@@ -1,11 +1,11 @@
 """Exact selection on weights that several processes hold together (torch.distributed): the same mask as on one, bit for bit.
 
-Each process keeps its rows, its columns or its experts of a matrix and learns its part of the mask. What travels are counts: a
-histogram of 2,048 bins a round for each matrix or model, and for rows cut by columns 31 counts a row; never weights or scores.
+Each process keeps its rows, its columns or its experts of a matrix and learns its part of the mask. What travels are counts, a
+histogram of 2,048 bins a round for each matrix or model, and for rows cut by columns the scores next to the threshold; never weights.
 A process that dies ends the others with an error, at the latest after the group's timeout, before anything is changed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hftcore import checks, ops
+from hftcore.cut_rows import Columns, row_cuts
 from hftcore.errors import HftcoreError, NonFiniteError
-from hftcore.kernels.reference import FINITE, keys, pack
 from hftcore.parts import Part, Place
 from hftcore.pattern import Pattern
-from hftcore.ranks import gather, side_by_side, size_of, summed, together
+from hftcore.ranks import gather, side_by_side, size_of, together
 from hftcore.selection import search_cut
 
-BAND = 1 << 23  # scores in memory at a time; each takes some 13 bytes
+ROWS = 1 << 14  # that are cut by columns and share their rounds; of each some kilobytes of every process are in memory
 SIDE_BY_SIDE = 64  # matrices whose rounds are shared; each has up to 3 MB of keys in memory
 
 
@@ -171,18 +171,48 @@ def _row_masks(shards: Sequence[Shard], pattern: Pattern, group: Any) -> list[Te
     if not word.is_any:
         return masks
     facts = [[*shard.weight.shape, shard.row, shard.column, shard.is_counted] for shard in shards]
+    bands: list[_Band] = []
     for shard, mask, held in zip(shards, masks, gather(torch.tensor(facts), group).unbind(1), strict=True):
         if bool((held[:, 1] < shard.whole[1]).logical_and(held[:, 1] > 0).any()):
-            _select_cut_rows(shard, held, pattern, mask, group)
+            bands += _bands(shard.part(), _columns(shard, held), mask)
+    for some in _at_once(bands):
+        searches, inverts = [], []
+        for part, columns, _ in some:
+            count, invert = pattern.low_count(sum(columns.widths))
+            searches.append(row_cuts(part, columns, count))
+            inverts.append(invert)
+        for (part, _, mask), (key, quota), invert in zip(some, side_by_side(searches, group), inverts, strict=True):
+            part.call("row_cut", key.to(mask.device), quota.to(mask.device), invert, mask)
     return masks
 
 
-def _select_cut_rows(shard: Shard, held: Tensor, pattern: Pattern, mask: Tensor, group: Any) -> None:
-    """Scope "row" across columns on several processes: each row's threshold by bisection of its 31 bits, all rows of a band at once.
+_Band = tuple[Part, Columns, Tensor]  # some rows that are cut, how they are, and their mask
+
+
+def _bands(part: Part, columns: Columns, mask: Tensor) -> Iterator[_Band]:
+    for start in range(0, len(mask), ROWS):
+        rows = slice(start, start + ROWS)
+        reference = None if part.reference is None else part.reference[rows]
+        yield Part(part.weight[rows], part.norm, reference), columns, mask[rows]
+
+
+def _at_once(bands: Sequence[_Band]) -> Iterator[list[_Band]]:
+    """Neighbours of at most `ROWS` rows together."""
+    some: list[_Band] = []
+    for band in bands:
+        if some and sum(len(mask) for *_, mask in [*some, band]) > ROWS:
+            yield some
+            some = []
+        some.append(band)
+    if some:
+        yield some
+
+
+def _columns(shard: Shard, held: Tensor) -> Columns:
+    """How the rows of a matrix are cut.
 
     Args:
         held: [processes, 5], of each its rows, columns, first row, first column, and whether they count.
-        mask: of this process, to fill.
     """
     others = held[held[:, 4] == 1]
     if len(held[:, [0, 2]].unique(dim=0)) > 1 or int(others[:, 1].sum()) != shard.whole[1]:
@@ -190,23 +220,10 @@ def _select_cut_rows(shard: Shard, held: Tensor, pattern: Pattern, mask: Tensor,
             "rows that are cut by columns must lie on the processes of the group, the same rows on each, got (rows, columns, first row, "
             f"first column, is counted) {held.tolist()} of {tuple(shard.whole)}"
         )
-    count, invert = pattern.low_count(shard.whole[1])
-    norm = checks.norm(shard.energy, shard.weight)
-    ahead = (held[:, 4] == 1) & (held[:, 3] < shard.column)
-    step = max(1, BAND // max(1, int(held[:, 1].max())))  # the same on every process
-    for start in range(0, len(mask), step):
-        band = slice(start, start + step)
-        key = keys(shard.weight.detach()[band], norm, None if shard.reference is None else shard.reference[band])
-        low = torch.zeros(len(key), dtype=torch.int64)
-        high = torch.full_like(low, FINITE - 1)
-        for _ in range(31):
-            middle = (low + high) // 2
-            here = (key <= middle.to(key.device)[:, None]).sum(1).cpu() * shard.is_counted
-            reached = summed(here, group) >= count
-            low, high = torch.where(reached, low, middle + 1), torch.where(reached, middle, high)
-        threshold = low.to(key.device)[:, None]
-        below, tie = key < threshold, key == threshold
-        told = gather(torch.stack([below.sum(1), tie.sum(1)]).cpu(), group)
-        need = count - told[held[:, 4] == 1, 0].sum(0) - told[ahead, 1].sum(0)
-        chosen = below | (tie & (tie.cumsum(1) <= need.to(key.device)[:, None]))
-        mask[band] = pack(chosen ^ invert)
+    holding = others[others[:, 1] > 0]
+    holding = holding[holding[:, 3].argsort()]
+    return Columns(
+        widths=holding[:, 1].tolist(),
+        place=int((holding[:, 3] < shard.column).sum()),
+        is_counted=shard.is_counted and shard.weight.shape[1] > 0,
+    )

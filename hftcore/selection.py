@@ -25,8 +25,10 @@ from hftcore.ties import share_out, ties_by_row
 
 SAMPLE = 1 << 16
 SMALL = 1 << 17  # weights that are collected all, for a sample would hardly be smaller
-LARGEST_SAMPLE = 1 << 19  # where that makes one pass do, it is worth drawing
-ROOM = 3 << 18  # keys that are collected at most; a quarter of the memory that a selection may take
+LARGEST_SAMPLE = 1 << 20  # where that makes one pass do, it is worth drawing
+ROOM = 3 << 18  # keys that are collected at most of one matrix; a quarter of the memory that a selection may take
+# of several matrices one weight in so many, which is a hundredth of bfloat16 weights; at most 64 MB
+ONE_IN, LARGEST_ROOM = 200, 1 << 24
 # bits of a sample's keys that are left out at first, and then; a histogram of so wide a window is exact
 COARSE, FINE = 20, 11
 
@@ -81,16 +83,17 @@ def search_cut(
         HftcoreError: the parts of all processes do not make up the whole.
     """
     counted = [make for make, place in zip(parts, places, strict=True) if place.is_counted]
-    window, expected, collects, is_cut = yield from _propose(parts, places, count, total, processes)
-    few = ROOM * processes if collects and 0 < count < total else 0
+    room = ROOM if len(places) == 1 else max(ROOM, min(LARGEST_ROOM, total // (ONE_IN * processes)))
+    window, expected, collects, is_cut = yield from _propose(parts, places, count, total, room, processes)
+    few = room * processes if collects and 0 < count < total else 0
     end = None
     if 0 < expected <= few:
-        end = yield from _collect(counted, count, window, processes)
+        end = yield from _collect(counted, count, window, room, processes)
     if end is None:
         bracket = yield from _confine(counted, count, total, window, few)
         if 0 < bracket.inside <= few:
             window = bracket.low, bracket.high
-            end = yield from _collect(counted, count, window, processes)
+            end = yield from _collect(counted, count, window, room, processes)
             if end is None:  # one process had more than its share of them
                 bracket = yield from _confine(counted, count, total, window, 0)
     if end is None:
@@ -112,7 +115,7 @@ def find_threshold(parts: Sequence[Maker], sizes: Sequence[tuple[int, int]], cou
     """
     total = sum(rows * columns for rows, columns in sizes)
     places = [Place(rows, columns, 0, 0, columns) for rows, columns in sizes]
-    window, *_ = by_itself(_propose(parts, places, count, total, 1))
+    window, *_ = by_itself(_propose(parts, places, count, total, ROOM, 1))
     found = confine(parts, count, total, window, 0)
     return Threshold(found.low, count - found.below, found.inside)
 
@@ -179,14 +182,14 @@ def _confine(parts: Iterable[Maker], count: int, total: int, window: tuple[int, 
 
 
 def _collect(
-    parts: Sequence[Maker], count: int, window: tuple[int, int], processes: int
+    parts: Sequence[Maker], count: int, window: tuple[int, int], room: int, processes: int
 ) -> Search[tuple[Threshold, list[Tensor] | None] | None]:
     """The threshold, and how many ties each row has if not all go, from all keys in the window as one pass collects them.
 
     None where the window does not hold the wanted one, or more than a process has room for.
     """
     low, high = window
-    keys = torch.empty(ROOM, dtype=torch.int32)
+    keys = torch.empty(room, dtype=torch.int32)
     below = spoiled = filled = 0
     starts, counts = [], []
     for part in parts:
@@ -194,10 +197,10 @@ def _collect(
         starts.append(start + filled)
         counts.append(inside)
         below, spoiled, filled = below + under, spoiled + strange, filled + int(inside.sum())
-        if filled > ROOM:
+        if filled > room:
             break
-    found = keys[: filled if filled <= ROOM else 0].numpy()
-    facts = torch.tensor([below, spoiled, filled, filled > ROOM])
+    found = keys[: filled if filled <= room else 0].numpy()
+    facts = torch.tensor([below, spoiled, filled, filled > room])
     # one process partitions its keys, which is faster than to count them
     shift, counted = shift_of(low, high), found[: len(found) if processes > 1 else 0]
     told = yield torch.cat([facts, bins_of((counted - low) >> shift, None, ((high - low - 1) >> shift) + 1)])
@@ -228,7 +231,7 @@ def _refuse(spoiled: int) -> None:
 
 
 def _propose(
-    parts: Sequence[Maker], places: Sequence[Place], count: int, total: int, processes: int
+    parts: Sequence[Maker], places: Sequence[Place], count: int, total: int, room: int, processes: int
 ) -> Search[tuple[tuple[int, int], int, bool, bool]]:
     """A window of keys that very likely holds the wanted one, four standard deviations of the sample's order statistic; how many
     weights that window is expected to hold; whether they can be collected at less than the cost of another pass; and whether some
@@ -238,7 +241,7 @@ def _propose(
         return (0, FINITE), total, True, False
     share = count / max(1, total)
     spread = 8 * sqrt(share * (1 - share))
-    fitting = ceil((1.1 * spread * total / (ROOM * processes)) ** 2)  # for what the window holds to fit
+    fitting = ceil((1.1 * spread * total / (room * processes)) ** 2)  # for what the window holds to fit
     step = (
         max(1, total // max(SAMPLE, fitting if fitting <= LARGEST_SAMPLE else 0)) | 1
     )  # odd, not to keep hitting the same columns

@@ -60,11 +60,16 @@ def _low(key: Tensor, count: int) -> Tensor:
     """Of each last axis, the `count` first entries in the order (key, position)."""
     if count in (0, key.shape[-1]):
         return torch.full_like(key, count > 0, dtype=torch.bool)
-    # finite keys read as floats order the same way, and PyTorch's selection of floats is the tuned one
-    threshold = key.view(torch.float32).kthvalue(count, dim=-1, keepdim=True).values.view(torch.int32)
+    threshold = _nth(key, count)[..., None]
     below = key < threshold
     tie = key == threshold
     return below | (tie & (tie.cumsum(-1) <= count - below.sum(-1, keepdim=True)))
+
+
+def _nth(key: Tensor, count: int) -> Tensor:
+    """Of each last axis, the `count`-th lowest key."""
+    # finite keys read as floats order the same way, and PyTorch's selection of floats is the tuned one
+    return key.view(torch.float32).kthvalue(count, dim=-1).values.view(torch.int32)
 
 
 def _prune(
@@ -148,10 +153,61 @@ def cut(
     mask: Tensor | None,
 ) -> None:
     for band in bands(weight):
-        every = keys(weight[band], norm, _at(reference, band))
-        tie = every == key
-        low = (every < key) | (tie & (tie.cumsum(dim=1) <= quota[band, None]))
-        _write(weight, reference, mask, band, low ^ invert)
+        _cut(weight, norm, reference, band, key, quota, invert, mask)
+
+
+def _cut(
+    weight: Tensor,
+    norm: Tensor,
+    reference: Tensor | None,
+    band: slice,
+    key: int | Tensor,
+    quota: Tensor,
+    invert: bool,
+    mask: Tensor | None,
+) -> None:
+    """One band; `key` is one for all of it, or one a row."""
+    every = keys(weight[band], norm, _at(reference, band))
+    tie = every == key
+    low = (every < key) | (tie & (tie.cumsum(dim=1) <= quota[band, None]))
+    _write(weight, reference, mask, band, low ^ invert)
+
+
+def row_keys(weight: Tensor, norm: Tensor, reference: Tensor | None, count: int) -> Tensor:
+    key = torch.empty(weight.shape[0], dtype=torch.int32, device=weight.device)
+    for band in bands(weight):
+        key[band] = _nth(keys(weight[band], norm, _at(reference, band)), count)
+    return key
+
+
+def row_counts(
+    weight: Tensor, norm: Tensor, reference: Tensor | None, low: Tensor, high: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    below, counts = torch.zeros(2, weight.shape[0], dtype=torch.int64, device=weight.device)
+    found = 0
+    for band in bands(weight):
+        key = keys(weight[band], norm, _at(reference, band))
+        under = key < low[band, None]
+        inside = (key < high[band, None]) & ~under
+        below[band], counts[band] = under.sum(1), inside.sum(1)
+        if found < len(out):
+            chosen = key[inside][: len(out) - found]
+            out[found : found + len(chosen)] = chosen
+            found += len(chosen)
+    return below, counts.cumsum(0) - counts, counts
+
+
+def row_cut(
+    weight: Tensor,
+    norm: Tensor,
+    reference: Tensor | None,
+    key: Tensor,
+    quota: Tensor,
+    invert: bool,
+    mask: Tensor,
+) -> None:
+    for band in bands(weight):
+        _cut(weight, norm, reference, band, key[band, None], quota, invert, mask)
 
 
 def block_scores(weight: Tensor, norm: Tensor, reference: Tensor | None, bm: int, bn: int) -> Tensor:

@@ -95,8 +95,25 @@ def tie_counts(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int)
     return (keys(weight, norm, reference) == key).sum(dim=1)
 
 
-def cut_mask(weight: Tensor, norm: Tensor, reference: Tensor | None, key: int, quota: Tensor, invert: bool) -> Tensor:
-    """[M, N] bool: removed weights for one threshold key and a quota of its ties in each row."""
+def row_keys(weight: Tensor, norm: Tensor, reference: Tensor | None, count: int) -> Tensor:
+    return keys(weight, norm, reference).sort(dim=1).values[:, count - 1]
+
+
+def row_counts(
+    weight: Tensor, norm: Tensor, reference: Tensor | None, low: Tensor, high: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    key = keys(weight, norm, reference)
+    inside = (key >= low[:, None]) & (key < high[:, None])
+    counts = inside.sum(dim=1)
+    chosen = key[inside][: len(out)]
+    out[: len(chosen)] = chosen
+    return (key < low[:, None]).sum(dim=1), counts.cumsum(0) - counts, counts
+
+
+def cut_mask(
+    weight: Tensor, norm: Tensor, reference: Tensor | None, key: int | Tensor, quota: Tensor, invert: bool
+) -> Tensor:
+    """[M, N] bool: removed weights for one threshold key, or [M, 1] of each row, and a quota of its ties in each row."""
     every = keys(weight, norm, reference)
     tie = every == key
     low = (every < key) | (tie & (tie.cumsum(dim=1) <= quota[:, None]))

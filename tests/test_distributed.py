@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import hftcore
-from hftcore import Energy, HftcoreError, NonFiniteError, Pattern, distributed, ops, selection
+import hftcore.ranks
+from hftcore import Energy, HftcoreError, NonFiniteError, Pattern, cut_rows, distributed, ops, selection
 from hftcore.distributed import Shard, sharded_mask, sharded_masks
 from hftcore.parts import Part
 from hftcore.ranks import add_up_
@@ -90,14 +90,16 @@ def shard_of(draw, whole, rank, ranks, is_row=False):
 
 def draw_passes(draw):
     """A sample that tells much or little, and room for all keys in its window, for few, or for those of some processes only."""
-    selection.SAMPLE, selection.LARGEST_SAMPLE = draw.choice([(8, 16), (100, 0), (1 << 16, 1 << 19)])
+    selection.SAMPLE, selection.LARGEST_SAMPLE = draw.choice([(8, 16), (100, 0), (1 << 16, 1 << 20)])
     selection.ROOM = draw.choice([1, 30, 100, 3 << 18])
+    selection.ONE_IN = draw.choice([2, 20, 200])
     selection.SMALL = draw.choice([0, 1 << 17])
 
 
 def check_matrix(seed, pattern, rank, group):
     draw = random.Random(seed)
-    distributed.BAND = draw.choice([200, 1 << 23])  # rows one by one or a few at a time, and all of them
+    distributed.ROWS = draw.choice([1, 5, 1 << 14])  # rows one by one or a few at a time, and all of them
+    cut_rows.FEW = draw.choice([1, 5, 64])
     draw_passes(draw)
     dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
     whole = matrices(draw, dtype)
@@ -434,6 +436,7 @@ def work(rank, port):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     groups = {ranks: dist.new_group(range(ranks)) for ranks in range(1, RANKS + 1)}
+    usual = {name: getattr(selection, name) for name in ("SAMPLE", "LARGEST_SAMPLE", "ROOM", "ONE_IN", "SMALL")}
     for ranks, group in groups.items():
         if rank < ranks:
             for seed in range(27):
@@ -444,7 +447,7 @@ def work(rank, port):
                 check_model(seed, pattern, rank, group)
             check_calibration(rank, group)
             check_adding(rank, group)
-    selection.SAMPLE, selection.LARGEST_SAMPLE, selection.ROOM = 1 << 16, 1 << 19, 3 << 18
+    vars(selection).update(usual)
     for check in (
         check_rounds,
         check_refusals,
@@ -463,13 +466,15 @@ def test_the_rounds_of_a_selection_do_not_grow_with_the_model():
     from hftcore.bench.ranks import measure, tables
 
     found = measure(2, (1, 3), 1, calibrates=False)
-    rows, model = (
-        [one for one in found["selection"] if one["pattern"] == f"0.5 {scope}"] for scope in ("row", "model")
+    rows, columns, model = (
+        [one for one in found["selection"] if one["pattern"] == f"0.5 {scope}"]
+        for scope in ("row", "row by columns", "model")
     )
     assert [one["rounds"] for one in rows] == [1, 1]
+    assert max(one["rounds"] for one in columns) <= 8
     assert max(one["rounds"] for one in model) <= 8
     assert max(one["bytes"] for one in model) < 49152
-    assert sum(line.startswith("| 2 |") for line in tables([found]).splitlines()) == 4
+    assert sum(line.startswith("| 2 |") for line in tables([found]).splitlines()) == 6
 
 
 TIMEOUT = 10.0  # seconds the processes wait for each other
@@ -496,8 +501,8 @@ def mourn(rank, port, stage):
     began = time.monotonic()
     with pytest.raises(HftcoreError, match="another process of the group is gone, or did not answer"):  # noqa: PT012
         if stage == "selection":
-            summed, calls = distributed.summed, fall(iter(int, 1), 30)
-            distributed.summed = lambda *args: (next(calls), summed(*args))[1]
+            summed, calls = hftcore.ranks.summed, fall(iter(int, 1), 1)
+            hftcore.ranks.summed = lambda *args: (next(calls), summed(*args))[1]
             prune_sharded(model, energy, "50%")
         else:
             hftcore.calibrate(network(), fall(batches_of(rank), 2), group=group)

@@ -322,12 +322,45 @@ def test_keys_between_two_are_those_of_the_reference(simd, dtype, data):
                     assert runs(module.keys_between(weight, norm, other, low, high, out), out) == wanted
 
 
+@pytest.mark.parametrize("data", INPUTS)
+def test_keys_counts_and_cuts_of_each_row_are_those_of_the_reference(simd, dtype, data):
+    for M, N in [(1, 1), (7, 200), (3, 64), (2, 4500)]:
+        weight, norm = INPUTS[data](N, M).to(dtype).t(), norms(N)
+        for other in (None, normal(M, N, 3).to(dtype)):
+            every = reference.keys(weight, norm, other)
+            if (every >= reference.FINITE).any():
+                continue
+            for count in {1, (N + 1) // 2, max(1, N - 1), N}:
+                key = reference.row_keys(weight, norm, other, count)
+                assert torch.equal(key, every.sort(dim=1).values[:, count - 1])
+                for module in (native, eager):
+                    assert torch.equal(module.row_keys(weight, norm, other, count), key), count
+                quota = torch.arange(M) * N // 2
+                wanted = reference.cut_mask(weight, norm, other, key[:, None], quota, count % 2 == 0)
+                for low, high in [(key, key + 1), (key // 2, key), (key, key)]:
+                    out = torch.empty(M * N, dtype=torch.int32)
+                    below, starts, counts = reference.row_counts(weight, norm, other, low, high, out)
+                    told = runs((below.tolist(), 0, starts, counts), out)
+                    assert below.tolist() == [int((row < end).sum()) for row, end in zip(every, low, strict=True)]
+                    for module in (native, eager):
+                        out = torch.empty(M * N, dtype=torch.int32)
+                        below, starts, counts = module.row_counts(weight, norm, other, low, high, out)
+                        assert runs((below.tolist(), 0, starts, counts), out) == told
+                        mask = poisoned_mask(M, N)
+                        module.row_cut(weight, norm, other, key, quota, count % 2 == 0, mask)
+                        assert torch.equal(mask, reference.pack(wanted))
+
+
 def test_keys_that_do_not_fit_are_counted_and_nothing_is_written_past_the_end(simd, dtype):
     weight, norm = normal(40, 300).to(dtype), norms(300)
     out = torch.full((600,), -1, dtype=torch.int32)
     for module in (native, eager, reference):
         below, spoiled, _, counts = module.keys_between(weight, norm, None, 0, reference.FINITE, out[:100])
         assert (below, spoiled, counts.tolist()) == (0, 0, [300] * 40)
+        assert out[100:].eq(-1).all()
+        ends = torch.full((40,), reference.FINITE, dtype=torch.int32)
+        below, _, counts = module.row_counts(weight, norm, None, 0 * ends, ends, out[:100])
+        assert (below.tolist(), counts.tolist()) == ([0] * 40, [300] * 40)
         assert out[100:].eq(-1).all()
 
 

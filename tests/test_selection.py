@@ -61,6 +61,7 @@ def test_the_cut_is_that_of_a_sort_whatever_room_and_sample_there_are(monkeypatc
     """Without room, as on a GPU, where keys are only counted; with the largest sample, of groups so small that none is drawn."""
     monkeypatch.setattr(selection, "SMALL", SIZE if sample > SIZE else 0)
     monkeypatch.setattr(selection, "ROOM", room or 1)
+    monkeypatch.setattr(selection, "ONE_IN", 3 if room == 1 else SIZE)
     monkeypatch.setattr(selection, "SAMPLE", sample)
     monkeypatch.setattr(selection, "LARGEST_SAMPLE", 2 * sample)
     if room == 0:
@@ -96,6 +97,21 @@ def test_a_matrix_whose_window_fits_is_read_once(monkeypatch):
         monkeypatch.setattr(selection, "ROOM", 100)
         monkeypatch.setattr(selection, "LARGEST_SAMPLE", 0)
         monkeypatch.setattr(selection, "SAMPLE", 300)
+        calls.clear()
+        find_cut([lambda: part], [(50, 60)], 1500)
+        assert calls == ["sampled_keys", "score_histogram", "keys_between"]
+
+
+def test_several_matrices_have_more_room_than_one(monkeypatch):
+    calls = []
+    call = Part.call
+    monkeypatch.setattr(Part, "call", lambda part, op, *args: calls.append(op) or call(part, op, *args))
+    for name, value in {"SMALL": 0, "ROOM": 100, "ONE_IN": 4, "SAMPLE": 300, "LARGEST_SAMPLE": 300}.items():
+        monkeypatch.setattr(selection, name, value)
+    part = Part(weights("normal", 50, 60, torch.float32), torch.ones(60))
+    with hftcore.use_backend("torch"):
+        find_cut([lambda: part] * 2, [(50, 60)] * 2, 3000)
+        assert calls == ["sampled_keys"] * 2 + ["keys_between"] * 2
         calls.clear()
         find_cut([lambda: part], [(50, 60)], 1500)
         assert calls == ["sampled_keys", "score_histogram", "keys_between"]

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hftcore.kernels import eager
 from hftcore.kernels.eager import empty_mask
 
 SIMDS = ("portable", "avx2", "avx512", "avx512bf16")  # the index is the number the library knows the path by
@@ -37,6 +38,7 @@ OPS = (
     "mask_counts",
     "sampled_keys",
     "keys_between",
+    "row_keys",
     "lower_gram",
     "ghost_norms",
     "shares",
@@ -56,7 +58,7 @@ class _Job(ctypes.Structure):
         ("reference", ctypes.c_void_p),
         ("reference_row", ctypes.c_int64),
         ("reference_column", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("norm", "mask", "rowwise", "values")),
+        *((name, ctypes.c_void_p) for name in ("norm", "mask", "rowwise", "values", "keys")),
         *((name, ctypes.c_int64) for name in ("invert", "a", "b", "c")),
     )
 
@@ -323,6 +325,47 @@ def cut(
         _call("cut", job)
         if mask is None:
             _changed(weight)
+
+
+def row_keys(weight: Tensor, norm: Tensor, reference: Tensor | None, count: int) -> Tensor:
+    if count == weight.shape[1]:
+        return eager.row_keys(weight, norm, reference, count)  # a maximum, no search
+    key = weight.new_empty(weight.shape[0], dtype=torch.int32)
+    job = _scores(weight, norm, reference)
+    job.a, job.values = count, key.data_ptr()
+    if weight.numel():
+        _call("row_keys", job)
+    return key
+
+
+def row_counts(
+    weight: Tensor, norm: Tensor, reference: Tensor | None, low: Tensor, high: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = weight.shape[0]
+    window = torch.cat([low, high])
+    found = weight.new_zeros(3 * rows + 3, dtype=torch.int64)
+    job = _scores(weight, norm, reference)
+    job.keys, job.c = window.data_ptr(), len(out)
+    job.rowwise, job.values = found.data_ptr(), out.data_ptr()
+    if weight.numel():
+        _call("keys_between", job)
+    return found[2 * rows + 3 :], found[:rows], found[rows : 2 * rows]
+
+
+def row_cut(
+    weight: Tensor,
+    norm: Tensor,
+    reference: Tensor | None,
+    key: Tensor,
+    quota: Tensor,
+    invert: bool,
+    mask: Tensor,
+) -> None:
+    job = _scores(weight, norm, reference)
+    key, quota = key.contiguous(), quota.contiguous()
+    job.keys, job.rowwise, job.invert, job.mask = key.data_ptr(), quota.data_ptr(), invert, mask.data_ptr()
+    if weight.numel():
+        _call("cut", job)
 
 
 def block_scores(weight: Tensor, norm: Tensor, reference: Tensor | None, bm: int, bn: int) -> Tensor:

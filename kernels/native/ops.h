@@ -102,6 +102,20 @@ struct Ops {
     return done;
   }
 
+  // The key of the a-th lowest of each row, 0 < a < columns; values = int32 [rows].
+  static bool row_keys(const Job& job, int64_t unit) {
+    Job counted = job;
+    int64_t refused = 0;
+    counted.values = &refused;
+    Selection selection{counted, static_cast<Cut*>(std::malloc(size_t(job.rows) * sizeof(Cut)))};
+    bool done = selection.cuts && parallel(job.rows, job.columns, unit, job.threads, select_scratch(job), select_rows, &selection);
+    // a cut whose ties all go is one above their key
+    for (int64_t row = 0; done && row < job.rows; ++row)
+      static_cast<int32_t*>(job.values)[row] = selection.cuts[row].key - (selection.cuts[row].quota == 0);
+    std::free(selection.cuts);
+    return done;
+  }
+
   static int64_t span_scratch(const Job& job) { return Band::scratch(job) + 9 * (SPAN + 2 * BLOCK); }
 
   static void nonfinite(const void* context, char* memory, Chunks& chunks) {
@@ -189,26 +203,28 @@ struct Ops {
 
   static int64_t between_scratch(const Job& job) { return Band::scratch(job) + 4 * (padded(job) + SPAN + 3 * BLOCK); }
 
-  // a = low, b = high, c = room; values = int32 [c]; rowwise = where each row's keys begin [rows], how many they are [rows], and of all
-  // rows: below, inside, not finite [3]
+  // a = low, b = high, or keys of each row; c = room; values = int32 [c]; rowwise = where each row's keys begin [rows], how many they
+  // are [rows], of all rows: below, inside, not finite [3], and with keys, how many of each row are below [rows]
   static void keys_between(const void* context, char* memory, Chunks& chunks) {
     const Job& job = *static_cast<const Job*>(context);
     Band band(job, memory);
     int32_t* key = reinterpret_cast<int32_t*>(memory);
     int32_t* inside = key + SPAN + 2 * BLOCK;
     int32_t* out = static_cast<int32_t*>(job.values);
-    int64_t *starts = job.rowwise, *counts = starts + job.rows, *totals = counts + job.rows;
+    int64_t *starts = job.rowwise, *counts = starts + job.rows, *totals = counts + job.rows, *belows = totals + 3;
     int64_t under = 0, strange = 0, begin, end;
     while (chunks.next(begin, end)) {
       for (int64_t row = begin; row < end;) {
         for (int64_t last = band.load(row, end); row < last; ++row) {
           const T *w = band.weight.at(row), *r = band.reference.at(row);
+          const int32_t low = job.keys ? job.keys[row] : int32_t(job.a), high = job.keys ? job.keys[job.rows + row] : int32_t(job.b);
+          const int64_t before = under;
           int64_t found = 0;
           for (int64_t i = 0; i < job.columns; i += SPAN) {
             const T* other = r ? r + i : nullptr;
             int64_t n = smaller(SPAN, job.columns - i), below;
             float sum;
-            found += collect_scores(w + i, other, job.norm + i, n, int32_t(job.a), int32_t(job.b), inside + found, below, sum);
+            found += collect_scores(w + i, other, job.norm + i, n, low, high, inside + found, below, sum);
             under += below;
             if (!std::isfinite(sum)) strange += count_nonfinite(key, n, make_keys<T>(w + i, other, job.norm + i, n, key));
           }
@@ -216,6 +232,7 @@ struct Ops {
           if (at + found <= job.c) std::memcpy(out + at, inside, size_t(found) * 4);
           starts[row] = at;
           counts[row] = found;
+          if (job.keys) belows[row] = under - before;
         }
       }
     }
@@ -238,7 +255,7 @@ struct Ops {
     }
   }
 
-  // a = key, rowwise = quota, of which columns or more means all ties
+  // a = key, or keys of each row; rowwise = quota, of which columns or more means all ties
   static void cut(const void* context, char* memory, Chunks& chunks) {
     const Job& job = *static_cast<const Job*>(context);
     int64_t bytes = (job.columns + 7) / 8;
@@ -252,7 +269,7 @@ struct Ops {
         for (; row < last; ++row) {
           T* w = band.weight.at(row);
           const T* r = band.reference.at(row);
-          Cut cut = settled(int32_t(job.a), job.rowwise[row], job.columns);
+          Cut cut = settled(job.keys ? job.keys[row] : int32_t(job.a), job.rowwise[row], job.columns);
           if (!job.mask) {
             remove<T>(w, r, job.norm, job.columns, cut, job.invert, key, own);
             continue;
@@ -527,6 +544,8 @@ inline bool run_typed(int op, const Job& job) {
       return parallel(job.rows, job.columns, unit, job.threads, O::histogram_scratch(job), O::score_histogram, &job);
     case SAMPLED_KEYS:
       return parallel(job.c, 16, 1, job.threads, 0, O::sampled_keys, &job);
+    case ROW_KEYS:
+      return O::row_keys(job, unit);
     case KEYS_BETWEEN:
       return parallel(job.rows, job.columns, unit, job.threads, O::between_scratch(job), O::keys_between, &job);
     case CUT:

@@ -50,6 +50,7 @@ def calls(dtype: torch.dtype) -> dict[str, Counted]:
     keys = torch.empty(ROWS * COLUMNS, dtype=torch.int32)
     quota = torch.zeros(ROWS, dtype=torch.int64)
     half, one = 0x3F000000, 0x3F800000  # the keys of the scores 0.5 and 1
+    halves, ones = (torch.full((ROWS,), key, dtype=torch.int32) for key in (half, one))
     bits = weight.view({2: torch.int16, 4: torch.int32}[dtype.itemsize])
     found = {
         "column_energy": Counted(lambda: native.column_energy(weight, None)),
@@ -63,6 +64,9 @@ def calls(dtype: torch.dtype) -> dict[str, Counted]:
         "sampled_keys, one in 64": Counted(lambda: native.sampled_keys(weight, norm, None, 0, 64)),
         "keys_between 0.5 and 1": Counted(lambda: native.keys_between(weight, norm, None, half, one, keys)),
         "tie_counts": Counted(lambda: native.tie_counts(weight, norm, None, half)),
+        "row_keys": Counted(lambda: native.row_keys(weight, norm, None, COLUMNS // 2)),
+        "row_counts 0.5 and 1": Counted(lambda: native.row_counts(weight, norm, None, halves, ones, keys)),
+        "row_cut to a mask": Counted(lambda: native.row_cut(weight, norm, None, halves, quota, False, mask)),
         "cut to a mask": Counted(lambda: native.cut(weight, norm, None, half, quota, False, mask)),
         "block_scores 16 x 16": Counted(lambda: native.block_scores(weight, norm, None, 16, 16)),
         "masked_take of half": Counted(lambda: native.masked_take(weight, half_of_them), passes=2),

@@ -50,8 +50,8 @@ def row_cuts(part: Part, columns: Columns, count: int) -> Search[tuple[Tensor, T
         return torch.full((rows,), FINITE if count else 0, dtype=torch.int32), torch.zeros(rows, dtype=torch.int64)
 
     def everyone(mine: Tensor) -> Search[Tensor]:
-        """[processes that count, ...] int64: what each of them tells."""
-        told = torch.zeros(len(columns.widths), *mine.shape, dtype=torch.int64)
+        """[processes that count, ...] int32: what each of them tells."""
+        told = torch.zeros(len(columns.widths), *mine.shape, dtype=torch.int32)
         if columns.is_counted:
             told[columns.place] = mine.cpu()
         return (yield told)
@@ -65,11 +65,11 @@ def row_cuts(part: Part, columns: Columns, count: int) -> Search[tuple[Tensor, T
     # ends of the shares, and not below all of them
     share = -(-count * part.weight.shape[1] // total)
     ends = yield from everyone(part.call("row_keys", share) if part.weight.numel() else torch.zeros(rows))
-    low, high = ends.amin(0), ends.amax(0)
+    low, high = ends.amin(0).long(), ends.amax(0).long()
     under, reached = (yield from everyone(below(low, high))).unbind(1)
     while bool(((reached - under).sum(0)[low < high] > FEW).any()):
         middle = (low + high) // 2
-        half = (yield from everyone(below(middle, middle)))[:, 1]
+        half = yield from everyone(below(middle, middle)[1])
         is_lower = half.sum(0) >= count
         high, reached = torch.where(is_lower, middle, high), torch.where(is_lower, half, reached)
         low, under = torch.where(is_lower, low, middle + 1), torch.where(is_lower, under, half)
@@ -81,9 +81,9 @@ def row_cuts(part: Part, columns: Columns, count: int) -> Search[tuple[Tensor, T
         # NumPy's sort takes a tenth of the time of PyTorch's
         line = torch.from_numpy(np.sort(few.transpose(0, 1).flatten(1).numpy(), axis=1))
         key = line.gather(1, need[:, None] - 1)
-        low[is_open] = key[:, 0]
-        under[:, is_open] += (few < key).sum(2)
-        ties[:, is_open] = (few == key).sum(2)
+        low[is_open] = key[:, 0].long()
+        under[:, is_open] += (few < key).sum(2, dtype=torch.int32)
+        ties[:, is_open] = (few == key).sum(2, dtype=torch.int32)
     quota = count - under.sum(0) - ties[: columns.place].sum(0)
     return low.int(), quota.clamp(0, part.weight.shape[1])
 

@@ -186,12 +186,13 @@ def selection(rank: int, count: int, size: int, pattern: str, rounds: int) -> di
     """Masks of `size` matrices, of which each process holds its share of the rows or columns, against the same work without the others."""
     draw = torch.Generator().manual_seed(rank)
     share = SIDE // count
-    (rows, columns), (row, column) = (SIDE, share), (0, share * rank)
-    if pattern != BY_COLUMNS:
-        rows, columns, row, column = columns, rows, column, row
-    noise = torch.randn(rows, columns, generator=draw).bfloat16()
-    energy = torch.rand(SIDE, generator=torch.Generator().manual_seed(9))[:columns]
-    shards = [Shard(noise * (1 + 0.01 * number), energy, (SIDE, SIDE), row, column) for number in range(size)]
+    if pattern == BY_COLUMNS:
+        whole, size_here, row, column = (SIDE, share * count), (SIDE, share), 0, share * rank
+    else:
+        whole, size_here, row, column = (share * count, SIDE), (share, SIDE), share * rank, 0
+    noise = torch.randn(size_here, generator=draw).bfloat16()
+    energy = torch.rand(SIDE, generator=torch.Generator().manual_seed(9))[column : column + size_here[1]]
+    shards = [Shard(noise * (1 + 0.01 * number), energy, whole, row, column) for number in range(size)]
     wanted = Pattern.of(pattern.removesuffix(" by columns"))
     times = in_turns(
         {
@@ -203,7 +204,7 @@ def selection(rank: int, count: int, size: int, pattern: str, rounds: int) -> di
     )
     with counted() as counts:
         sharded_masks(shards, wanted, dist.group.WORLD)
-    return {"weights": size * SIDE**2, "matrices": size, "pattern": pattern, **counts, **times}
+    return {"weights": size * whole[0] * whole[1], "matrices": size, "pattern": pattern, **counts, **times}
 
 
 def take_part(rank: int, order: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +261,7 @@ def tables(found: Sequence[dict[str, Any]]) -> str:
         [
             "Calibration, seconds: all batches on one process with one thread, and spread over all.",
             table(["ranks", "one", "all", "times faster", "in CPU time"], calibrated),
-            "Exact selection, milliseconds until the last process is done: each on its rows by itself, and all together.",
+            "Exact selection, milliseconds until the last process is done: each on its part by itself, and all together.",
             table(
                 [
                     "ranks",

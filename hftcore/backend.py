@@ -24,7 +24,7 @@ log = logging.getLogger("hftcore")
 
 _chosen: ContextVar[str | None] = ContextVar("hftcore_backend", default=None)
 
-# ops that have a Triton kernel, and where; the others are one pass of memory traffic that PyTorch already does well on a GPU
+# ops that have a Triton kernel, and where; PyTorch does the others, most of them one pass of memory traffic, on a GPU
 _TRITON = {
     "column_energy": "triton_energy",
     "prune_rows": "triton_rows",

@@ -21,7 +21,7 @@ from hftcore.pattern import Pattern
 from hftcore.ranks import gather, side_by_side, size_of, together
 from hftcore.selection import search_cut
 
-ROWS = 1 << 14  # that are cut by columns and share their rounds; of each some kilobytes of every process are in memory
+ROWS = 1 << 14  # that are cut by columns and share their rounds; each takes some 2 KB of memory
 SIDE_BY_SIDE = 64  # matrices whose rounds are shared; each has up to 3 MB of keys in memory
 
 
@@ -33,7 +33,7 @@ class Shard:
         weight: [m, n] float32, bfloat16 or float16; may be empty.
         energy: [n] float32, of these columns.
         whole: (M, N), the shape of the whole matrix. The shards of all processes lie side by side in it and fill it; their weights are
-            counted, but that they do not overlap is not checked.
+            counted, but that they do not overlap is checked only where scope "row" meets rows that are cut.
         row, column: where in it the first weight lies.
         reference: of the shape of `weight`, or None.
         is_counted: False where another process gives the same part and this one repeats it.
@@ -214,14 +214,15 @@ def _columns(shard: Shard, held: Tensor) -> Columns:
     Args:
         held: [processes, 5], of each its rows, columns, first row, first column, and whether they count.
     """
-    others = held[held[:, 4] == 1]
-    if len(held[:, [0, 2]].unique(dim=0)) > 1 or int(others[:, 1].sum()) != shard.whole[1]:
-        raise HftcoreError(
-            "rows that are cut by columns must lie on the processes of the group, the same rows on each, got (rows, columns, first row, "
-            f"first column, is counted) {held.tolist()} of {tuple(shard.whole)}"
-        )
-    holding = others[others[:, 1] > 0]
+    holding = held[(held[:, 4] == 1) & (held[:, 1] > 0)]
     holding = holding[holding[:, 3].argsort()]
+    ends = holding[:, 1].cumsum(0)
+    fills = int(holding[:, 1].sum()) == shard.whole[1] and torch.equal(holding[:, 3], ends - holding[:, 1])
+    if len(held[:, [0, 2]].unique(dim=0)) > 1 or not fills:
+        raise HftcoreError(
+            "rows that are cut by columns must lie on the processes of the group, the same rows on each and side by side, got "
+            f"(rows, columns, first row, first column, is counted) {held.tolist()} of {tuple(shard.whole)}"
+        )
     return Columns(
         widths=holding[:, 1].tolist(),
         place=int((holding[:, 3] < shard.column).sum()),

@@ -27,7 +27,8 @@ SAMPLE = 1 << 16
 SMALL = 1 << 17  # weights that are collected all, for a sample would hardly be smaller
 LARGEST_SAMPLE = 1 << 20  # where that makes one pass do, it is worth drawing
 ROOM = 3 << 18  # keys that are collected at most of one matrix; a quarter of the memory that a selection may take
-# of several matrices one weight in so many, which is a hundredth of bfloat16 weights; at most 64 MB
+# of several matrices one weight in so many, which is a hundredth of bfloat16 weights, at most 64 MB, and up to twice that while they
+# are searched
 ONE_IN, LARGEST_ROOM = 200, 1 << 24
 # bits of a sample's keys that are left out at first, and then; a histogram of so wide a window is exact
 COARSE, FINE = 20, 11
@@ -83,9 +84,14 @@ def search_cut(
         HftcoreError: the parts of all processes do not make up the whole.
     """
     counted = [make for make, place in zip(parts, places, strict=True) if place.is_counted]
-    room = ROOM if len(places) == 1 else max(ROOM, min(LARGEST_ROOM, total // (ONE_IN * processes)))
-    window, expected, collects, is_cut = yield from _propose(parts, places, count, total, room, processes)
-    few = room * processes if collects and 0 < count < total else 0
+    room, most = ROOM, ROOM * processes
+    if len(places) > 1:
+        # each process as much as it has to count; some may only repeat what others have
+        held = sum(place.rows * place.columns for place in places if place.is_counted)
+        room = max(ROOM, min(LARGEST_ROOM, held // ONE_IN))
+        most = max(ROOM, min(LARGEST_ROOM * processes, total // ONE_IN))
+    window, expected, collects, is_cut = yield from _propose(parts, places, count, total, most, processes)
+    few = most if collects and 0 < count < total else 0
     end = None
     if 0 < expected <= few:
         end = yield from _collect(counted, count, window, room, processes)
@@ -231,7 +237,7 @@ def _refuse(spoiled: int) -> None:
 
 
 def _propose(
-    parts: Sequence[Maker], places: Sequence[Place], count: int, total: int, room: int, processes: int
+    parts: Sequence[Maker], places: Sequence[Place], count: int, total: int, most: int, processes: int
 ) -> Search[tuple[tuple[int, int], int, bool, bool]]:
     """A window of keys that very likely holds the wanted one, four standard deviations of the sample's order statistic; how many
     weights that window is expected to hold; whether they can be collected at less than the cost of another pass; and whether some
@@ -241,7 +247,7 @@ def _propose(
         return (0, FINITE), total, True, False
     share = count / max(1, total)
     spread = 8 * sqrt(share * (1 - share))
-    fitting = ceil((1.1 * spread * total / (room * processes)) ** 2)  # for what the window holds to fit
+    fitting = ceil((1.1 * spread * total / most) ** 2)  # for what the window holds to fit
     step = (
         max(1, total // max(SAMPLE, fitting if fitting <= LARGEST_SAMPLE else 0)) | 1
     )  # odd, not to keep hitting the same columns

@@ -153,6 +153,7 @@ def check_refusals(rank, group):
     for arguments, message in [
         ((Shard(torch.ones(4 + rank, 8), ones, (7, 8 * RANKS), column=8 * rank), "50%"), "the same rows on each"),
         ((Shard(good, ones, all_columns, column=8 * rank, is_counted=rank > 0), "50%"), "the same rows on each"),
+        ((Shard(good, ones, all_columns, column=8 * (rank % 2)), "50%"), "side by side"),
         (
             (Shard(good, ones, all_rows, row=4 * rank, is_counted=rank > 0), "0.5 matrix"),
             "hold 96 weights, the whole has 128",

@@ -185,9 +185,12 @@ def test_denormal_scores_count_even_where_the_caller_flushes_them(simd, dtype):
     try:
         torch.set_flush_denormal(True)
         native.prune_rows(weight, norm, None, N // 2, False, mask)
+        keys = [native.row_keys(weight, norm, None, count) for count in (N // 2, N)]
     finally:
         torch.set_flush_denormal(False)
     assert torch.equal(mask, reference.pack(wanted))
+    for key, count in zip(keys, (N // 2, N), strict=True):
+        assert torch.equal(key, reference.row_keys(weight, norm, None, count))
     tiny = (torch.arange(-N, 0).abs() * 1.0).to(torch.int16).view(1, N)
     tiny = tiny.view(dtype) if dtype.itemsize == 2 else tiny.int().view(torch.float32)
     native.prune_rows(tiny, torch.ones(N), None, 10, False, None)

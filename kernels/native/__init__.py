@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hftcore.kernels import eager
 from hftcore.kernels.eager import empty_mask
 
 SIMDS = ("portable", "avx2", "avx512", "avx512bf16")  # the index is the number the library knows the path by
@@ -328,8 +327,6 @@ def cut(
 
 
 def row_keys(weight: Tensor, norm: Tensor, reference: Tensor | None, count: int) -> Tensor:
-    if count == weight.shape[1]:
-        return eager.row_keys(weight, norm, reference, count)  # a maximum, no search
     key = weight.new_empty(weight.shape[0], dtype=torch.int32)
     job = _scores(weight, norm, reference)
     job.a, job.values = count, key.data_ptr()

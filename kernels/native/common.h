@@ -46,7 +46,7 @@ struct Job {
   uint8_t* mask;
   int64_t* rowwise;  // quotas, counts or offsets, one a row
   void* values;      // the op's other array
-  const int32_t* keys;  // one a row, or of each row the lower ones and then the upper ones; null: `a` and `b` for all rows
+  const int32_t* keys;  // one a row, or two; null: `a` and `b` for all rows
   int64_t invert, a, b, c;
 };
 

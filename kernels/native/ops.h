@@ -102,8 +102,31 @@ struct Ops {
     return done;
   }
 
-  // The key of the a-th lowest of each row, 0 < a < columns; values = int32 [rows].
+  // The highest key of each row; values = int32 [rows].
+  static void top_keys(const void* context, char* memory, Chunks& chunks) {
+    const Job& job = *static_cast<const Job*>(context);
+    Band band(job, memory);
+    int32_t* key = reinterpret_cast<int32_t*>(memory);
+    int64_t begin, end;
+    while (chunks.next(begin, end)) {
+      for (int64_t row = begin; row < end;) {
+        for (int64_t last = band.load(row, end); row < last; ++row) {
+          const T *w = band.weight.at(row), *r = band.reference.at(row);
+          int32_t top = 0;
+          for (int64_t i = 0; i < job.columns; i += SPAN) {
+            int64_t n = smaller(SPAN, job.columns - i);
+            make_keys<T>(w + i, r ? r + i : nullptr, job.norm + i, n, key);
+            for (int64_t j = 0; j < n; ++j) top = key[j] > top ? key[j] : top;
+          }
+          static_cast<int32_t*>(job.values)[row] = top;
+        }
+      }
+    }
+  }
+
+  // The a-th lowest key of each row, 0 < a <= columns; values = int32 [rows].
   static bool row_keys(const Job& job, int64_t unit) {
+    if (job.a == job.columns) return parallel(job.rows, job.columns, unit, job.threads, span_scratch(job), top_keys, &job);
     Job counted = job;
     int64_t refused = 0;
     counted.values = &refused;
@@ -203,7 +226,7 @@ struct Ops {
 
   static int64_t between_scratch(const Job& job) { return Band::scratch(job) + 4 * (padded(job) + SPAN + 3 * BLOCK); }
 
-  // a = low, b = high, or keys of each row; c = room; values = int32 [c]; rowwise = where each row's keys begin [rows], how many they
+  // a = low, b = high, or `keys`: low of each row, then high of each row; c = room; values = int32 [c]; rowwise = where each row's keys begin [rows], how many they
   // are [rows], of all rows: below, inside, not finite [3], and with keys, how many of each row are below [rows]
   static void keys_between(const void* context, char* memory, Chunks& chunks) {
     const Job& job = *static_cast<const Job*>(context);
@@ -246,16 +269,26 @@ struct Ops {
     const T *weight = static_cast<const T*>(job.weight), *reference = static_cast<const T*>(job.reference);
     int64_t begin, end;
     while (chunks.next(begin, end)) {
-      for (int64_t i = begin; i < end; ++i) {
-        int64_t at = job.a + i * job.b, row = at / job.columns, column = at % job.columns;
-        float x = widen(weight[row * job.weight_row + column * job.weight_column]);
-        if (reference) x -= widen(reference[row * job.reference_row + column * job.reference_column]);
-        static_cast<int32_t*>(job.values)[i] = int32_t(to_bits(x * job.norm[column]) & 0x7FFFFFFFu);
+      // each is a cache line of its own, so a block of them is on its way before the first is looked at
+      int64_t rows[BLOCK], columns[BLOCK];
+      for (int64_t i = begin; i < end; i += BLOCK) {
+        int64_t n = smaller(BLOCK, end - i);
+        for (int64_t j = 0; j < n; ++j) {
+          int64_t at = job.a + (i + j) * job.b;
+          rows[j] = at / job.columns;
+          columns[j] = at % job.columns;
+          __builtin_prefetch(weight + rows[j] * job.weight_row + columns[j] * job.weight_column);
+        }
+        for (int64_t j = 0; j < n; ++j) {
+          float x = widen(weight[rows[j] * job.weight_row + columns[j] * job.weight_column]);
+          if (reference) x -= widen(reference[rows[j] * job.reference_row + columns[j] * job.reference_column]);
+          static_cast<int32_t*>(job.values)[i + j] = int32_t(to_bits(x * job.norm[columns[j]]) & 0x7FFFFFFFu);
+        }
       }
     }
   }
 
-  // a = key, or keys of each row; rowwise = quota, of which columns or more means all ties
+  // a = key, or `keys`: one of each row; rowwise = quota, of which columns or more means all ties
   static void cut(const void* context, char* memory, Chunks& chunks) {
     const Job& job = *static_cast<const Job*>(context);
     int64_t bytes = (job.columns + 7) / 8;

@@ -164,7 +164,7 @@ def selected(pattern: str, matrices: int) -> str:
 RANKED = {
     CALIBRATED: Curve("calibrate, 16 x 128 tokens", "processes of a thread"),
     **{
-        selected(pattern, matrices): Curve(f"sharded_masks {pattern}, {matrices} x [{SIDE}, {SIDE}]", "processes")
+        selected(pattern, matrices): Curve(f"sharded {pattern}, {matrices} x [{SIDE}, {SIDE}]", "processes")
         for pattern in PATTERNS
         for matrices in SIZES
     },

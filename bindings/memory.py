@@ -1,17 +1,13 @@
-"""How much memory there is to work in, and how the process keeps it."""
+"""How much memory there is to work in."""
 
-import ctypes
 import os
 import re
-import sys
 from pathlib import Path
 
 import torch
 
 MEMINFO = Path("/proc/meminfo")
 GROUP = Path("/sys/fs/cgroup")
-# of glibc's <malloc.h>
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def available_memory(device: torch.device) -> int:
@@ -36,14 +32,3 @@ def available_memory(device: torch.device) -> int:
         return free  # no such group, or one without a limit ("max")
     # what only caches files makes room when it is needed
     return max(0, min(free, limit - used + int(held.get("file", 0))))
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep up to 2 GB of freed memory for the next use, where it is glibc, in place of giving it back to the system.
-
-    A forward pass on a CPU frees its activations layer by layer, and to take their pages from the system anew can cost it a third of its
-    time. For a process of our own: the choice is the whole process's.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

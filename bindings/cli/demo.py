@@ -18,9 +18,7 @@ def demo(
 ) -> None:
     """Attack and repair a small real model."""
     from hftcore.bindings.demo.run import run_demo
-    from hftcore.bindings.memory import keep_freed_memory
 
-    keep_freed_memory()
     # the table is for people, who see it either way
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         report = run_demo(out=out, quick=quick)

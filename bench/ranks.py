@@ -154,11 +154,11 @@ def counted() -> Iterator[dict[str, int]]:
     kinds = {"all_reduce": (0, 1), "all_gather": (1, 1), "all_gather_object": (1, 2)}
     kept = {name: getattr(dist, name) for name in kinds}
 
-    def counting(name: str, *args: Any) -> Any:
+    def counting(name: str, *args: Any, **options: Any) -> Any:
         place, rounds = kinds[name]
         counts["rounds"] += rounds
         counts["bytes"] += getattr(args[place], "nbytes", 0)
-        return kept[name](*args)
+        return kept[name](*args, **options)
 
     try:
         for name in kinds:

@@ -18,7 +18,7 @@ from hftcore.cut_rows import Columns, row_cuts
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.parts import Part, Place
 from hftcore.pattern import Pattern
-from hftcore.ranks import gather, side_by_side, size_of, together
+from hftcore.ranks import gather, rank_in, side_by_side, size_of, together
 from hftcore.selection import search_cut
 
 ROWS = 1 << 14  # that are cut by columns and share their rounds; each takes some 2 KB of memory
@@ -146,7 +146,8 @@ def _masks_of_groups(groups: Sequence[Sequence[Shard]], pattern: Pattern, group:
             rows += shard.whole[0]
         total = sum(shard.whole[0] * shard.whole[1] for shard in shards)
         count, invert = pattern.low_count(total)
-        searches.append(search_cut([shard.part for shard in shards], places, count, total, rows, size_of(group)))
+        parts = [shard.part for shard in shards]
+        searches.append(search_cut(parts, places, count, total, rows, rank_in(group), size_of(group)))
         inverts.append(invert)
     masks = []
     for shards, cut, invert in zip(groups, side_by_side(searches, group), inverts, strict=True):

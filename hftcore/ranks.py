@@ -5,9 +5,12 @@ A group is one of torch.distributed, or a tuple of those of some dimensions of a
 
 import hashlib
 import math
+import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -20,6 +23,9 @@ from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.searches import Found, Search
 
 AT_ONCE = 1 << 24  # numbers of all processes together in memory at a time
+# seconds for which a process looks for the others' answer before it sleeps: to wake an idle processor takes longer than the message
+PATIENCE = 0.01
+_let_others_run = getattr(os, "sched_yield", partial(time.sleep, 0))  # the latter on Windows
 
 
 def size_of(group: Any) -> int:
@@ -27,12 +33,20 @@ def size_of(group: Any) -> int:
     return math.prod(dist.get_world_size(line) for line in _lines(group))
 
 
+def rank_in(group: Any) -> int:
+    """Which of them this one is, in the order of `gather`."""
+    rank = 0
+    for line in _lines(group):
+        rank = rank * dist.get_world_size(line) + dist.get_rank(line)
+    return rank
+
+
 def summed(numbers: Tensor, group: Any) -> Tensor:
     """The sum over all processes, element by element, on the CPU; for integers, whose sums have no order."""
     for line in _lines(group):
         numbers = numbers.to(_carrier(line), copy=True)
         with _reaching_all():
-            dist.all_reduce(numbers, dist.ReduceOp.SUM, line)
+            _wait(dist.all_reduce(numbers, dist.ReduceOp.SUM, line, async_op=True))
     return numbers.cpu()
 
 
@@ -43,7 +57,7 @@ def gather(numbers: Tensor, group: Any) -> Tensor:
         carried = everyone.contiguous().to(_carrier(line))
         each = [torch.zeros_like(carried) for _ in range(dist.get_world_size(line))]
         with _reaching_all():
-            dist.all_gather(each, carried, line)
+            _wait(dist.all_gather(each, carried, line, async_op=True))
         everyone = torch.cat(each).cpu()
     return everyone
 
@@ -178,6 +192,13 @@ def _gather_objects(mine: Any, group: Any) -> list[Any]:
 
 def _lines(group: Any) -> tuple[Any, ...]:
     return group if isinstance(group, tuple) else (group,)
+
+
+def _wait(work: Any) -> None:
+    end = time.monotonic() + PATIENCE
+    while not work.is_completed() and time.monotonic() < end:
+        _let_others_run()
+    work.wait()
 
 
 @contextmanager

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from hftcore.backend import backend_for
-from hftcore.errors import HftcoreError, NonFiniteError
+from hftcore.collected import Threshold, collect, refuse_spoiled
+from hftcore.errors import HftcoreError
 from hftcore.kernels.reference import FINITE
 from hftcore.parts import Maker, Part, Place
-from hftcore.searches import BINS_BITS, Search, bins_of, by_itself, descend, narrowed, shift_of
-from hftcore.ties import share_out, ties_by_row
+from hftcore.searches import BINS_BITS, Search, bins_of, by_itself
+from hftcore.ties import last_tied, share_out
 
 SAMPLE = 1 << 16
 SMALL = 1 << 17  # weights that are collected all, for a sample would hardly be smaller
@@ -32,15 +33,6 @@ ROOM = 3 << 18  # keys that are collected at most of one matrix; a quarter of th
 ONE_IN, LARGEST_ROOM = 200, 1 << 24
 # bits of a sample's keys that are left out at first, and then; a histogram of so wide a window is exact
 COARSE, FINE = 20, 11
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """Where the low set ends: every key below `key`, and the first `need` of the `ties` weights whose key equals it."""
-
-    key: int
-    need: int
-    ties: int
 
 
 @dataclass(frozen=True)
@@ -70,20 +62,27 @@ def find_cut(parts: Sequence[Maker], sizes: Sequence[tuple[int, int]], count: in
 
 
 def search_cut(
-    parts: Sequence[Maker], places: Sequence[Place], count: int, total: int, rows: int, processes: int = 1
+    parts: Sequence[Maker],
+    places: Sequence[Place],
+    count: int,
+    total: int,
+    rows: int,
+    rank: int = 0,
+    processes: int = 1,
 ) -> Search[Cut]:
     """The search of `find_cut` in a group that several processes hold together; each finds the quotas of its own parts.
 
     Args:
         parts, places: what this process holds of each matrix, and where that lies.
         count, total, rows: weights in the low set, weights of the whole group, and rows of all its matrices.
-        processes: how many there are; the more, the more keys they can collect.
+        rank, processes: which one this is of how many; the more, the more keys they can collect.
 
     Raises, on every process:
         NonFiniteError: a score is NaN or infinite.
         HftcoreError: the parts of all processes do not make up the whole.
     """
     counted = [make for make, place in zip(parts, places, strict=True) if place.is_counted]
+    firsts = [place.row for place in places if place.is_counted]
     room, most = ROOM, ROOM * processes
     if len(places) > 1:
         # each process as much as it has to count; some may only repeat what others have
@@ -94,23 +93,24 @@ def search_cut(
     few = most if collects and 0 < count < total else 0
     end = None
     if 0 < expected <= few:
-        end = yield from _collect(counted, count, window, room, processes)
+        end = yield from collect(counted, firsts, count, window, room, rows, rank, processes)
     if end is None:
         bracket = yield from _confine(counted, count, total, window, few)
         if 0 < bracket.inside <= few:
             window = bracket.low, bracket.high
-            end = yield from _collect(counted, count, window, room, processes)
+            end = yield from collect(counted, firsts, count, window, room, rows, rank, processes)
             if end is None:  # one process had more than its share of them
                 bracket = yield from _confine(counted, count, total, window, 0)
     if end is None:
         end = Threshold(bracket.low, count - bracket.below, bracket.inside), None
-    threshold, ties = end
+    threshold, last = end
     if threshold.need in (0, threshold.ties):
         # a quota of all columns takes every tie without counting them
         return Cut(threshold.key, [_filled(place, place.columns if threshold.need else 0) for place in places])
-    if ties is None:
-        ties = [make().call("tie_counts", threshold.key).cpu() for make in counted]
-    quotas = yield from share_out(parts, places, ties, threshold.key, threshold.need, rows, is_cut)
+    if last is None:
+        counts = [make().call("tie_counts", threshold.key).cpu() for make in counted]
+        last = yield from last_tied(counts, firsts, threshold.need, rows)
+    quotas = yield from share_out(parts, places, threshold.key, last, is_cut)
     return Cut(threshold.key, quotas)
 
 
@@ -163,7 +163,7 @@ def _confine(parts: Iterable[Maker], count: int, total: int, window: tuple[int, 
             # on a GPU, where they stay until all are added up, no part waits for the one before
             counts = counts.to(found.device) + found
         counts = yield counts.cpu()
-        _refuse(int(counts[-1]))
+        refuse_spoiled(int(counts[-1]))
         if not 0 < count < total:
             # nothing or everything: no key is below 0, every finite key is below FINITE
             end = 0 if count == 0 else FINITE
@@ -185,55 +185,6 @@ def _confine(parts: Iterable[Maker], count: int, total: int, window: tuple[int, 
             if shift == 0 or inside <= few:
                 return Bracket(floor, ceiling, before, inside)
             window = (floor, ceiling)
-
-
-def _collect(
-    parts: Sequence[Maker], count: int, window: tuple[int, int], room: int, processes: int
-) -> Search[tuple[Threshold, list[Tensor] | None] | None]:
-    """The threshold, and how many ties each row has if not all go, from all keys in the window as one pass collects them.
-
-    None where the window does not hold the wanted one, or more than a process has room for.
-    """
-    low, high = window
-    keys = torch.empty(room, dtype=torch.int32)
-    below = spoiled = filled = 0
-    starts, counts = [], []
-    for part in parts:
-        under, strange, start, inside = part().call("keys_between", low, min(high, FINITE), keys[filled:])
-        starts.append(start + filled)
-        counts.append(inside)
-        below, spoiled, filled = below + under, spoiled + strange, filled + int(inside.sum())
-        if filled > room:
-            break
-    found = keys[: filled if filled <= room else 0].numpy()
-    facts = torch.tensor([below, spoiled, filled, filled > room])
-    # one process partitions its keys, which is faster than to count them
-    shift, counted = shift_of(low, high), found[: len(found) if processes > 1 else 0]
-    told = yield torch.cat([facts, bins_of((counted - low) >> shift, None, ((high - low - 1) >> shift) + 1)])
-    below, spoiled, inside, is_too_much = told[:4].tolist()
-    _refuse(spoiled)
-    if is_too_much or not 0 < count - below <= inside:
-        return None
-    if processes == 1:
-        place = count - below - 1
-        key = int(np.partition(found, place)[place])
-        ties = np.flatnonzero(found == key)
-        need, most = place + 1 - int((found < key).sum()), len(ties)
-    else:
-        window, need, most = narrowed(told[4:], window, shift, count - below)
-        key = window[0]
-        if shift:
-            key, need, most = yield from descend(found, None, window, need)
-        ties = np.flatnonzero(found == key)
-    rows = [ties_by_row(*runs, ties) for runs in zip(starts, counts, strict=True)] if need < most else None
-    return Threshold(key, need, most), rows
-
-
-def _refuse(spoiled: int) -> None:
-    if spoiled:
-        raise NonFiniteError(
-            f"weight has {spoiled} scores that are NaN or infinite; repair the weights or calibrate again"
-        )
 
 
 def _propose(

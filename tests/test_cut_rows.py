@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_step import in_step
 from inputs import energies, weights
 
 import hftcore
@@ -13,22 +14,6 @@ from hftcore.kernels import reference
 from hftcore.parts import Part
 
 KINDS = ("normal", "few_values", "zeros", "half_zeros", "outlier", "denormal")
-
-
-def in_step(searches):
-    """What each search finds where all are told the sum of what they say, and how many rounds that took."""
-    said, rounds = [next(search) for search in searches], 0
-    while True:
-        total, found, rounds = sum(said), [], rounds + 1
-        said = []
-        for search in searches:
-            try:
-                said.append(search.send(total.clone()))
-            except StopIteration as end:
-                found.append(end.value)
-        if found:
-            assert not said, "some searches ended before the others"
-            return found, rounds
 
 
 def low_of(weight, norm, widths, count, repeats=None):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import hftcore.ranks
-from hftcore import Energy, HftcoreError, NonFiniteError, Pattern, cut_rows, distributed, ops, selection
+from hftcore import Energy, HftcoreError, NonFiniteError, Pattern, collected, cut_rows, distributed, ops, selection
 from hftcore.distributed import Shard, sharded_mask, sharded_masks
 from hftcore.parts import Part
 from hftcore.ranks import add_up_
@@ -89,11 +89,13 @@ def shard_of(draw, whole, rank, ranks, is_row=False):
 
 
 def draw_passes(draw):
-    """A sample that tells much or little, and room for all keys in its window, for few, or for those of some processes only."""
+    """A sample that tells much or little; room for all keys in its window, for few, or for those of some processes only; keys that
+    travel, and keys that are counted."""
     selection.SAMPLE, selection.LARGEST_SAMPLE = draw.choice([(8, 16), (100, 0), (1 << 16, 1 << 20)])
     selection.ROOM = draw.choice([1, 30, 100, 3 << 18])
     selection.ONE_IN = draw.choice([2, 20, 200])
     selection.SMALL = draw.choice([0, 1 << 17])
+    collected.LISTED = draw.choice([0, 30, 1 << 14])
 
 
 def check_matrix(seed, pattern, rank, group):
@@ -131,7 +133,7 @@ def check_rounds(rank, group):
     calls, all_reduce = [], dist.all_reduce
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(rank))
     shard = Shard(weight, torch.ones(64), (40 * RANKS, 64), row=40 * rank)
-    dist.all_reduce = lambda *args: (calls.append(1), all_reduce(*args))[1]
+    dist.all_reduce = lambda *args, **options: (calls.append(1), all_reduce(*args, **options))[1]
     for number in (1, 5):
         calls.clear()
         sharded_masks([shard] * number, "0.3 matrix", group)
@@ -473,8 +475,9 @@ def test_the_rounds_of_a_selection_do_not_grow_with_the_model():
     )
     assert [one["rounds"] for one in rows] == [1, 1]
     assert max(one["rounds"] for one in columns) <= 8
-    assert max(one["rounds"] for one in model) <= 8
-    assert max(one["bytes"] for one in model) < 49152
+    assert max(one["rounds"] for one in model) <= 5
+    # counts of a sample, twice, and of a pass, and a list of keys
+    assert max(one["bytes"] for one in model) < 8 * (3 * 2048 + 16) + 8 * collected.LISTED
     assert sum(line.startswith("| 2 |") for line in tables([found]).splitlines()) == 6
 
 

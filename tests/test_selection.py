@@ -1,14 +1,16 @@
 """The cut of a group of matrices is that of one stable sort, by whichever passes it is found."""
 
+import numpy as np
 import pytest
 import torch
+from in_step import in_step
 from inputs import energies, weights
 
 import hftcore
-from hftcore import selection
+from hftcore import collected, selection
 from hftcore.kernels import reference
-from hftcore.parts import Part
-from hftcore.selection import find_cut
+from hftcore.parts import Part, Place
+from hftcore.selection import find_cut, search_cut
 
 KINDS = ("normal", "few_values", "zeros", "half_zeros", "outlier", "denormal")
 SHAPES = ((5, 40), (1, 64), (0, 7), (30, 33))
@@ -125,3 +127,39 @@ def test_scores_that_are_not_finite_are_refused_on_every_way(monkeypatch, room):
     made[0].weight[0, 0] = float("-inf")
     with pytest.raises(hftcore.NonFiniteError, match="2 scores"):
         find_cut([lambda part=part: part for part in made], SHAPES, SIZE // 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("listed", [0, 150, 1 << 14])
+def test_the_cut_of_several_processes_is_that_of_a_sort(monkeypatch, kind, listed):
+    """Rows dealt out to three processes, and a fourth that repeats what the first has.
+
+    Where few enough keys are left they travel with their rows: two rounds for the sample, one for the keys, one for the list.
+    """
+    monkeypatch.setattr(collected, "LISTED", listed)
+    monkeypatch.setattr(selection, "ROOM", 1 << 20)
+    made = parts(kind, torch.bfloat16)
+    *starts, end = np.cumsum([0, *(rows for rows, _ in SHAPES)]).tolist()
+    for count in (1, SIZE // 10, SIZE // 2, SIZE - 1):
+        wanted, searches = cut_of_a_sort(made, count), []
+        for rank in range(4):
+            held, places = [], []
+            for part, start, (rows, columns) in zip(made, starts, SHAPES, strict=True):
+                own = slice(*((rows * third + 1) // 3 for third in (rank % 3, rank % 3 + 1)))
+                other = None if part.reference is None else part.reference[own]
+                held.append(lambda part=part, own=own, other=other: Part(part.weight[own], part.norm, other))
+                places.append(Place(own.stop - own.start, columns, start + own.start, 0, columns, is_counted=rank < 3))
+            searches.append(search_cut(held, places, count, SIZE, end, rank, 4))
+        found, took = in_step(searches)
+        whole = [torch.cat([cut.quotas[index] for cut in found[:3]]) for index in range(len(SHAPES))]
+        assert all(cut.key == found[0].key for cut in found)
+        assert all(torch.equal(one, again) for one, again in zip(found[0].quotas, found[3].quotas, strict=True))
+        assert same(selection.Cut(found[0].key, whole), wanted), count
+        assert took == 4 if listed == 1 << 14 else 3 <= took <= 6, count
+
+
+def test_collected_keys_are_found_in_their_rows_in_whatever_order_threads_put_them():
+    starts = [torch.tensor([4, 0, 0, 1]), torch.tensor([8, 7])]
+    counts = [torch.tensor([3, 0, 1, 3]), torch.tensor([2, 1])]
+    found = collected._rows_of([10, 20], starts, counts, np.arange(10))
+    assert found.tolist() == [12, 13, 13, 13, 10, 10, 10, 21, 20, 20]

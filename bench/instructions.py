@@ -78,7 +78,10 @@ def calls(dtype: torch.dtype) -> dict[str, Counted]:
         rows, head = x[0], torch.randn(VOCABULARY, FEATURES, generator=draw)
         logits = rows, head, torch.zeros(TOKENS, dtype=torch.int64), None
         elements = rows.numel() + head.numel()
+        listed = torch.randint(1 << 30, (2, 32 * ROWS), generator=draw, dtype=torch.int32)
+        counts, need = torch.full((2, ROWS), 32), torch.full((ROWS,), 32)
         found |= {
+            "row_merge of 2 times 32 keys": Counted(lambda: native.row_merge(listed, counts, need, 0), listed.numel()),
             f"lower_gram of {TOKENS} tokens": Counted(lambda: native.lower_gram(x), x.numel()),
             f"ghost norms of {TOKENS} tokens": Counted(lambda: native.ghost(x, g), x.numel() + g.numel()),
             f"direct norms of {TOKENS} tokens": Counted(lambda: native.direct(x, g), x.numel() + g.numel()),

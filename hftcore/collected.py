@@ -124,7 +124,7 @@ def _among(pairs: np.ndarray, need: int) -> tuple[Threshold, Last | None]:
     return threshold, Last(last, threshold.need - int(before), int(after - before))
 
 
-def _rows_of(firsts: Sequence[int], starts: Sequence[Tensor], counts: Sequence[Tensor], places: np.ndarray) -> np.ndarray:
+def _rows_of(firsts: Sequence[int], starts: list[Tensor], counts: list[Tensor], places: np.ndarray) -> np.ndarray:
     """The row of the group that each of some collected keys is of; the keys of a row lie together."""
     if not starts:
         return np.empty(0, dtype=np.int64)

@@ -1,23 +1,22 @@
 """Scope "row" where rows are cut by columns and lie on several processes: the threshold of each row, and who takes which ties.
 
 Each process tells which key ends the low set among its own columns. The threshold of a row lies between the lowest and the highest of
-these keys. Where the processes' columns are alike few other keys lie there: counts halve what is too much, and the rest travels. That
-takes half a kilobyte of a row and five rounds on two processes, eight or nine on 8 to 32; where columns differ more rounds, 33 at the
-most, as a key has 31 bits.
+these keys. Where the processes' columns are alike few other keys lie there: they travel, some 100 bytes of a row from each process, and
+three rounds are all. Passes that count halve what would be more, so that they are 33 at the most, as a key has 31 bits.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from hftcore.backend import implementation
 from hftcore.kernels.reference import FINITE
 from hftcore.parts import Part
 from hftcore.searches import Search
 
-FEW = 64  # keys of a row, of all processes, that travel; where there are more, a round that halves them takes less time
+ROOM = 256  # keys of a row on average, of all processes, that travel and are in memory; a round halves what is more
 
 
 @dataclass(frozen=True)
@@ -63,51 +62,52 @@ def row_cuts(part: Part, columns: Columns, count: int) -> Search[tuple[Tensor, T
     has_some = part.weight.numel() > 0
     ends = yield from everyone(part.call("row_keys", share).cpu() if has_some else torch.zeros(rows, dtype=torch.int32))
     low, high = ends.amin(0).long(), ends.amax(0).long()
-    told = yield from everyone(torch.stack(_counts(part, low, high + 1)))
-    below, reached = told[:, 0], told.sum(1, dtype=torch.int32)
-    while bool(((reached - below).sum(0)[low < high] > FEW).any()):
-        middle = (low + high) // 2
-        half = yield from everyone(_counts(part, middle + 1, middle + 1)[0])
+    keys = torch.empty(ROOM * rows, dtype=torch.int32, device=part.weight.device)
+    own = _counts(part, low, high, keys)
+    told = yield from everyone(torch.stack([own.below, own.inside]))
+    below, reached, is_collected = told[:, 0], told.sum(1), True
+    while len(columns.widths) * int((reached - below)[:, low < high].sum(1).max()) > ROOM * rows:
+        middle, is_collected = (low + high) // 2, False
+        half = yield from everyone(_counts(part, middle + 1, middle, keys[:0]).below)
         is_lower = half.sum(0) >= count
         high, reached = torch.where(is_lower, middle, high), torch.where(is_lower, half, reached)
         low, below = torch.where(is_lower, low, middle + 1), torch.where(is_lower, below, half)
-    inside = reached - below
-    under, ties_before = below.sum(0), inside[: columns.place].sum(0)
-    is_open = (low < high).nonzero().flatten()
-    if len(is_open):
-        sizes, first = inside[:, is_open].sum(0), ties_before[is_open]
-        line = torch.zeros(len(is_open), int(sizes.max()), dtype=torch.int32)
+    need, inside, is_open = count - below.sum(0), reached - below, low < high
+    quota = need - inside[: columns.place].sum(0)
+    if is_open.any():
+        listed = inside[:, is_open].long()
+        line = torch.zeros(len(listed), int(listed.sum(1).max()), dtype=torch.int32)
         if columns.is_counted:
-            _put_between(part, low, high, is_open, line, first)
+            if not (is_collected and is_open.all()):
+                own = _counts(part, torch.where(is_open, low, high + 1), high, keys)
+            mine = _by_row(keys, own)
+            line[columns.place, : len(mine)] = mine
         # the keys of all processes, from left to right
         line = yield line
-        slot = torch.arange(line.shape[1])
-        line[slot >= sizes[:, None]] = FINITE
-        # NumPy's sort takes a tenth of the time of PyTorch's
-        ascending = torch.from_numpy(np.sort(line.numpy(), axis=1))
-        key = ascending.gather(1, (count - under[is_open] - 1)[:, None])
-        low[is_open] = key[:, 0].long()
-        under[is_open] += (line < key).sum(1)
-        ties_before[is_open] = ((line == key) & (slot < first[:, None])).sum(1)
-    return low.int(), (count - under - ties_before).clamp(0, part.weight.shape[1])
+        key, quota[is_open] = implementation("row_merge", line.device)(line, listed, need[is_open], columns.place)
+        low[is_open] = key.long()
+    return low.int(), quota.clamp(0, part.weight.shape[1])
 
 
-def _counts(part: Part, low: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """[m], [m]: how many keys of each row are below `low`, and how many from there to below `end`."""
-    device = part.weight.device
-    nowhere = torch.empty(0, dtype=torch.int32, device=device)
-    below, _, inside = part.call("row_counts", low.int().to(device), end.int().to(device), nowhere)
-    return below.cpu(), inside.cpu()
+@dataclass(frozen=True)
+class _Counts:
+    """[m] each: how many keys of a row are below a window, how many inside, and where these begin in what was collected."""
+
+    below: Tensor
+    inside: Tensor
+    starts: Tensor
 
 
-def _put_between(part: Part, low: Tensor, high: Tensor, rows: Tensor, line: Tensor, first: Tensor) -> None:
-    """Write the keys of some rows from `low` to `high` into the rows of `line`, each from its place `first` on."""
-    device = part.weight.device
-    ends = low.clone()
-    ends[rows] = high[rows] + 1  # nothing of the other rows
-    found = torch.empty(line.numel(), dtype=torch.int32, device=device)
-    _, starts, counts = part.call("row_counts", low.int().to(device), ends.int().to(device), found)
-    starts, counts = starts.cpu()[rows], counts.cpu()[rows]
-    row = torch.arange(len(rows)).repeat_interleave(counts)
-    nth = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-    line[row, first[row] + nth] = found.cpu()[starts[row] + nth]
+def _counts(part: Part, low: Tensor, high: Tensor, keys: Tensor) -> _Counts:
+    """Of the keys from `low` to `high` of each row, which are collected in `keys` if they fit."""
+    below, starts, inside = part.call("row_counts", low.int().to(keys.device), (high + 1).int().to(keys.device), keys)
+    return _Counts(below.cpu(), inside.cpu(), starts.cpu())
+
+
+def _by_row(keys: Tensor, counts: _Counts) -> Tensor:
+    """What was collected, row by row: threads put their rows side by side in any order."""
+    first, filled = counts.inside.cumsum(0) - counts.inside, int(counts.inside.sum())
+    found = keys[:filled].cpu()
+    if torch.equal(counts.starts, first):
+        return found
+    return found[(counts.starts - first).repeat_interleave(counts.inside) + torch.arange(filled)]

@@ -1,7 +1,7 @@
 """Searches among numbers that several processes may hold together.
 
-All that a search needs of the others is sums of counts: it is a generator that yields what it counted here and is sent the sum over
-all processes (`ranks.side_by_side`); one process answers itself (`by_itself`).
+All that a search needs of the others is sums of counts: it is a generator that gives away what it counted here and is sent the sum
+over all processes (`ranks.side_by_side`); one process answers itself (`by_itself`).
 """
 
 from collections.abc import Generator

@@ -210,6 +210,18 @@ def row_cut(
         _cut(weight, norm, reference, band, key[band, None], quota, invert, mask)
 
 
+def row_merge(keys: Tensor, counts: Tensor, need: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(len(need)).repeat(len(counts)).repeat_interleave(counts.flatten())
+    # in the order (row, key), from left to right
+    told = rows << 31 | torch.cat([own[:size] for own, size in zip(keys, counts.sum(1).tolist(), strict=True)])
+    ordered, first = told.sort().values, counts.sum(0).cumsum(0) - counts.sum(0)
+    last = ordered[first + need - 1]
+    before = int(counts[:place].sum())
+    ties = rows[:before][told[:before] == last[rows[:before]]].bincount(minlength=len(need))
+    left = need - (torch.searchsorted(ordered, last) - first) - ties
+    return (last & 0x7FFFFFFF).int(), left.clamp(min=0)
+
+
 def block_scores(weight: Tensor, norm: Tensor, reference: Tensor | None, bm: int, bn: int) -> Tensor:
     scores = torch.empty(weight.shape[0] // bm, weight.shape[1] // bn, dtype=torch.float32, device=weight.device)
     rows = max(1, BAND // max(1, bm * weight.shape[1]))

@@ -110,6 +110,21 @@ def row_counts(
     return (key < low[:, None]).sum(dim=1), counts.cumsum(0) - counts, counts
 
 
+def row_merge(keys: Tensor, counts: Tensor, need: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    found, left = [], []
+    runs = [own.split([*sizes.tolist(), len(own) - int(sizes.sum())]) for own, sizes in zip(keys, counts, strict=True)]
+    for row, wanted in enumerate(need.tolist()):
+        every = [own[row] for own in runs]
+        key = torch.cat(every).sort().values[wanted - 1]
+        below, ties = (
+            sum(int((own < key).sum()) for own in every),
+            sum(int((own == key).sum()) for own in every[:place]),
+        )
+        found.append(int(key))
+        left.append(max(0, wanted - below - ties))
+    return torch.tensor(found, dtype=torch.int32), torch.tensor(left, dtype=torch.int64)
+
+
 def cut_mask(
     weight: Tensor, norm: Tensor, reference: Tensor | None, key: int | Tensor, quota: Tensor, invert: bool
 ) -> Tensor:

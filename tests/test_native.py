@@ -354,6 +354,29 @@ def test_keys_counts_and_cuts_of_each_row_are_those_of_the_reference(simd, dtype
                         assert torch.equal(mask, reference.pack(wanted))
 
 
+@settings(max_examples=100)
+@given(st.data())
+def test_keys_of_several_processes_are_merged_as_the_reference_does(data):
+    key = st.sampled_from([0, 1, 0x3F800000, 0x7F7FFFFF]) | st.integers(0, 0x7F7FFFFF)
+    processes, rows = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 5))
+    most = data.draw(st.sampled_from([1, 3, 90]))
+    runs = [[data.draw(st.lists(key, max_size=most)) for _ in range(rows)] for _ in range(processes)]
+    for row in range(rows):
+        if not any(own[row] for own in runs):
+            runs[0][row].append(data.draw(key))
+    counts = torch.tensor([[len(run) for run in own] for own in runs], dtype=torch.int64).view(processes, rows)
+    keys = torch.full((processes, int(counts.sum(1).max()) + 1), -1, dtype=torch.int32)
+    for line, own in zip(keys, runs, strict=True):
+        told = [one for run in own for one in run]
+        line[: len(told)] = torch.tensor(told, dtype=torch.int32)
+    need = torch.tensor([data.draw(st.integers(1, size)) for size in counts.sum(0).tolist()], dtype=torch.int64)
+    for place in range(processes):
+        wanted = reference.row_merge(keys, counts, need, place)
+        for module in (native, eager):
+            for mine, theirs in zip(module.row_merge(keys, counts, need, place), wanted, strict=True):
+                assert torch.equal(mine, theirs)
+
+
 def test_keys_that_do_not_fit_are_counted_and_nothing_is_written_past_the_end(simd, dtype):
     weight, norm = normal(40, 300).to(dtype), norms(300)
     out = torch.full((600,), -1, dtype=torch.int32)

@@ -38,6 +38,7 @@ OPS = (
     "sampled_keys",
     "keys_between",
     "row_keys",
+    "row_merge",
     "lower_gram",
     "ghost_norms",
     "shares",
@@ -363,6 +364,17 @@ def row_cut(
     job.keys, job.rowwise, job.invert, job.mask = key.data_ptr(), quota.data_ptr(), invert, mask.data_ptr()
     if weight.numel():
         _call("cut", job)
+
+
+def row_merge(keys: Tensor, counts: Tensor, need: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    processes, rows = counts.shape
+    starts = counts.cumsum(1) - counts
+    table = torch.cat([starts.flatten(), counts.flatten(), need, need.new_empty(2 * rows)])
+    job = _Job(rows=rows, columns=processes, values=keys.data_ptr(), rowwise=table.data_ptr(), a=keys.shape[1], b=place)
+    if rows:
+        job.c = int(counts.sum(0).max())
+        _call("row_merge", job)
+    return table[-2 * rows : len(table) - rows].int(), table[len(table) - rows :]
 
 
 def block_scores(weight: Tensor, norm: Tensor, reference: Tensor | None, bm: int, bn: int) -> Tensor:

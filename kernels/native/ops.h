@@ -546,6 +546,38 @@ inline void fingerprint(const void* context, char*, Chunks& chunks) {
   __atomic_fetch_add(static_cast<uint64_t*>(job.values), total, __ATOMIC_RELAXED);
 }
 
+// Where the low set of each row ends among the keys of several processes: values = int32 [processes, a], the keys of each, row by row;
+// columns = processes; b = this one; c = keys of the longest row. rowwise = where the keys of a row begin and how many they are
+// [processes, rows], twice; how many of a row's keys are in the low set [rows]; and what is found: the highest key in it [rows], and
+// how many that equal it are left for this process and those to its right [rows]
+inline int64_t merge_scratch(const Job& job) { return 12 * (job.c + 3 * BLOCK); }
+
+inline void row_merge(const void* context, char* memory, Chunks& chunks) {
+  const Job& job = *static_cast<const Job*>(context);
+  const int32_t* values = static_cast<const int32_t*>(job.values);
+  const int64_t *starts = job.rowwise, *counts = starts + job.columns * job.rows, *need = counts + job.columns * job.rows;
+  int64_t *keys = job.rowwise + (2 * job.columns + 1) * job.rows, *left = keys + job.rows;
+  int32_t *all = reinterpret_cast<int32_t*>(memory), *one = all + job.c + 3 * BLOCK, *two = one + job.c + 3 * BLOCK;
+  int64_t begin, end;
+  while (chunks.next(begin, end)) {
+    for (int64_t row = begin; row < end; ++row) {
+      int64_t size = 0, before = 0, equal, ties = 0;
+      for (int64_t process = 0; process < job.columns; ++process) {
+        if (process == job.b) before = size;
+        const int64_t run = process * job.rows + row;
+        std::memcpy(all + size, values + process * job.a + starts[run], size_t(counts[run]) * 4);
+        size += counts[run];
+      }
+      for (int64_t i = 0; i < BLOCK; ++i) all[size + i] = PADDING;
+      int32_t key;
+      nth(all, size, need[row], 0, FINITE, false, one, two, key);
+      for (int64_t i = 0; i < before; ++i) ties += all[i] == key;
+      keys[row] = key;
+      left[row] = larger(0, need[row] - count(all, size, key, equal) - ties);
+    }
+  }
+}
+
 // How many entries of each row are marked.
 inline void mask_counts(const void* context, char*, Chunks& chunks) {
   const Job& job = *static_cast<const Job*>(context);
@@ -599,6 +631,7 @@ inline bool run_typed(int op, const Job& job) {
 
 inline bool run(int op, const Job& job) {
   if (op == MASK_COUNTS) return parallel(job.rows, job.columns / 8, 1, job.threads, 0, mask_counts, &job);
+  if (op == ROW_MERGE) return parallel(job.rows, 16 * job.columns, 1, job.threads, merge_scratch(job), row_merge, &job);
   if (op == FINGERPRINT) {
     int64_t pieces = (job.a + job.b - 1) / job.b;
     switch (job.dtype) {

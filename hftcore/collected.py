@@ -13,7 +13,8 @@ from hftcore.parts import Maker
 from hftcore.searches import BINS_BITS, Search, bins_of, descend, narrowed
 from hftcore.ties import Last
 
-# keys that travel with their rows, of all processes together, times processes; a round more where that would be more
+# places for keys that travel with their rows, as many for each process as there are keys of all: at most 128 KB a round; where that
+# would be more, counts tell the same in two to four rounds
 LISTED = 1 << 14
 
 
@@ -79,10 +80,11 @@ def collect(
         need, most = need - int((found < key).sum()), len(ties)
     else:
         (low, high), need, most = narrowed(told[4:], window, shift, need)
-        if most * processes <= LISTED:
+        if most * processes <= LISTED and rows < 1 << 31:
             at = np.flatnonzero((found >= low) & (found < high))
-            own = torch.from_numpy(np.stack([found[at], _rows_of(firsts, starts, counts, at)]))
-            every = yield from _everyone(own, most, rank, processes)
+            run_rows, run_starts = _runs(firsts, starts, counts)
+            own = np.stack([found[at], run_rows[np.searchsorted(run_starts, at, "right") - 1]])
+            every = yield from _everyone(torch.from_numpy(own), most, rank, processes)
             return _among(every, need)
         key = low
         if high - low > 1:
@@ -90,7 +92,9 @@ def collect(
         ties = np.flatnonzero(found == key)
     if need == most:
         return Threshold(key, need, most), None
-    last = yield from descend(_rows_of(firsts, starts, counts, ties), None, (0, rows), need)
+    run_rows, run_starts = _runs(firsts, starts, counts)
+    tied = np.diff(np.searchsorted(ties, run_starts), append=len(ties))
+    last = yield from descend(run_rows, tied, (0, rows), need)
     return Threshold(key, need, most), Last(*last)
 
 
@@ -110,26 +114,24 @@ def _everyone(own: Tensor, most: int, rank: int, processes: int) -> Search[np.nd
     return pairs[:, pairs[0] > 0].numpy() - 1
 
 
-def _among(pairs: np.ndarray, need: int) -> tuple[Threshold, Last | None]:
+def _among(pairs: np.ndarray, need: int) -> tuple[Threshold, Last]:
     """Where the `need` lowest of (key, row) pairs end."""
     key, row = pairs
     order = np.lexsort((row, key))
     key, row = key[order], row[order]
     first, end = np.searchsorted(key, key[need - 1], "left"), np.searchsorted(key, key[need - 1], "right")
     threshold = Threshold(int(key[need - 1]), need - int(first), int(end - first))
-    if need == end:
-        return threshold, None
     tied, last = row[first:end], int(row[need - 1])
     before, after = np.searchsorted(tied, last, "left"), np.searchsorted(tied, last, "right")
     return threshold, Last(last, threshold.need - int(before), int(after - before))
 
 
-def _rows_of(firsts: Sequence[int], starts: list[Tensor], counts: list[Tensor], places: np.ndarray) -> np.ndarray:
-    """The row of the group that each of some collected keys is of; the keys of a row lie together."""
+def _runs(firsts: Sequence[int], starts: list[Tensor], counts: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the group, and where the keys of each begin, which end where the next begin; rows without keys are left out."""
     if not starts:
-        return np.empty(0, dtype=np.int64)
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     rows = np.concatenate([first + np.arange(len(run)) for first, run in zip(firsts, counts, strict=True)])
     start, count = torch.cat(starts).numpy(), torch.cat(counts).numpy()
     rows, start = rows[count > 0], start[count > 0]
     order = np.argsort(start, kind="stable")  # threads put their rows side by side in any order
-    return rows[order][np.searchsorted(start[order], places, "right") - 1]
+    return rows[order], start[order]

@@ -1,7 +1,7 @@
 """Exact selection on weights that several processes hold together (torch.distributed): the same mask as on one, bit for bit.
 
 Each process keeps its rows, its columns or its experts of a matrix and learns its part of the mask. What travels are counts, a
-histogram of 2,048 bins a round for each matrix or model, and for rows cut by columns the scores next to the threshold; never weights.
+histogram of 2,048 bins a round for each matrix or model, and the scores next to the threshold; never weights.
 A process that dies ends the others with an error, at the latest after the group's timeout, before anything is changed.
 """
 
@@ -21,7 +21,7 @@ from hftcore.pattern import Pattern
 from hftcore.ranks import gather, rank_in, side_by_side, size_of, together
 from hftcore.selection import search_cut
 
-ROWS = 1 << 14  # that are cut by columns and share their rounds; each takes some 2 KB of memory
+ROWS = 1 << 14  # that are cut by columns and share their rounds; each takes 1 to 4 KB of memory
 SIDE_BY_SIDE = 64  # matrices whose rounds are shared; each has up to 3 MB of keys in memory
 
 

@@ -211,15 +211,27 @@ def row_cut(
 
 
 def row_merge(keys: Tensor, counts: Tensor, need: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    found, ends = (torch.empty_like(need), torch.empty_like(need)), counts.cumsum(1)
+    step = max(1, BAND * len(need) // max(1, int(counts.sum())))
+    for start in range(0, len(need), step):
+        band = slice(start, start + step)
+        own = zip(keys, ends[:, band] - counts[:, band], ends[:, band], strict=True)
+        runs = [line[first[0] : last[-1]] for line, first, last in own]
+        for whole, part in zip(found, _merge(runs, counts[:, band], need[band], place), strict=True):
+            whole[band] = part
+    return found[0].int(), found[1]
+
+
+def _merge(runs: list[Tensor], counts: Tensor, need: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    """One band of rows, of which each process has one of the runs."""
     rows = torch.arange(len(need)).repeat(len(counts)).repeat_interleave(counts.flatten())
-    # in the order (row, key), from left to right
-    told = rows << 31 | torch.cat([own[:size] for own, size in zip(keys, counts.sum(1).tolist(), strict=True)])
+    told = rows << 31 | torch.cat(runs)
     ordered, first = told.sort().values, counts.sum(0).cumsum(0) - counts.sum(0)
     last = ordered[first + need - 1]
     before = int(counts[:place].sum())
     ties = rows[:before][told[:before] == last[rows[:before]]].bincount(minlength=len(need))
     left = need - (torch.searchsorted(ordered, last) - first) - ties
-    return (last & 0x7FFFFFFF).int(), left.clamp(min=0)
+    return last & 0x7FFFFFFF, left.clamp(min=0)
 
 
 def block_scores(weight: Tensor, norm: Tensor, reference: Tensor | None, bm: int, bn: int) -> Tensor:

@@ -6,6 +6,8 @@ def in_step(searches):
     said, rounds = [next(search) for search in searches], 0
     while True:
         total, found, rounds = sum(said), [], rounds + 1
+        for one in said:
+            one.fill_(-7)  # what was given away is no longer the search's
         said = []
         for search in searches:
             try:

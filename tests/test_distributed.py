@@ -439,7 +439,7 @@ def work(rank, port):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     groups = {ranks: dist.new_group(range(ranks)) for ranks in range(1, RANKS + 1)}
-    usual = {name: getattr(selection, name) for name in ("SAMPLE", "LARGEST_SAMPLE", "ROOM", "ONE_IN", "SMALL")}
+    usual = [(module, dict(vars(module))) for module in (collected, cut_rows, distributed, selection)]
     for ranks, group in groups.items():
         if rank < ranks:
             for seed in range(27):
@@ -450,7 +450,8 @@ def work(rank, port):
                 check_model(seed, pattern, rank, group)
             check_calibration(rank, group)
             check_adding(rank, group)
-    vars(selection).update(usual)
+    for module, values in usual:
+        vars(module).update(values)
     for check in (
         check_rounds,
         check_refusals,

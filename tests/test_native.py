@@ -357,6 +357,7 @@ def test_keys_counts_and_cuts_of_each_row_are_those_of_the_reference(simd, dtype
 @settings(max_examples=100)
 @given(st.data())
 def test_keys_of_several_processes_are_merged_as_the_reference_does(data):
+    """The plain form also where it takes the rows a few at a time."""
     key = st.sampled_from([0, 1, 0x3F800000, 0x7F7FFFFF]) | st.integers(0, 0x7F7FFFFF)
     processes, rows = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 5))
     most = data.draw(st.sampled_from([1, 3, 90]))
@@ -370,11 +371,18 @@ def test_keys_of_several_processes_are_merged_as_the_reference_does(data):
         told = [one for run in own for one in run]
         line[: len(told)] = torch.tensor(told, dtype=torch.int32)
     need = torch.tensor([data.draw(st.integers(1, size)) for size in counts.sum(0).tolist()], dtype=torch.int64)
-    for place in range(processes):
-        wanted = reference.row_merge(keys, counts, need, place)
-        for module in (native, eager):
-            for mine, theirs in zip(module.row_merge(keys, counts, need, place), wanted, strict=True):
-                assert torch.equal(mine, theirs)
+    for place in range(processes + 1):
+        wanted, found = reference.row_merge(keys, counts, need, place), []
+        for band in (1, 1 << 20):
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(eager, "BAND", band)
+                found.append(eager.row_merge(keys, counts, need, place))
+        for name in native.simds():
+            with native.use_simd(name):
+                found.append(native.row_merge(keys.t().contiguous().t(), counts, need, place))
+        for key, left in found:
+            assert torch.equal(key, wanted[0])
+            assert torch.equal(left, wanted[1])
 
 
 def test_keys_that_do_not_fit_are_counted_and_nothing_is_written_past_the_end(simd, dtype):

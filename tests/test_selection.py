@@ -158,8 +158,9 @@ def test_the_cut_of_several_processes_is_that_of_a_sort(monkeypatch, kind, liste
         assert took == 4 if listed == 1 << 14 else 3 <= took <= 6, count
 
 
-def test_collected_keys_are_found_in_their_rows_in_whatever_order_threads_put_them():
+def test_collected_rows_are_put_in_order_whatever_order_threads_left():
     starts = [torch.tensor([4, 0, 0, 1]), torch.tensor([8, 7])]
-    counts = [torch.tensor([3, 0, 1, 3]), torch.tensor([2, 1])]
-    found = collected._rows_of([10, 20], starts, counts, np.arange(10))
-    assert found.tolist() == [12, 13, 13, 13, 10, 10, 10, 21, 20, 20]
+    counts = [torch.tensor([3, 1, 0, 3]), torch.tensor([2, 1])]
+    rows, begins = collected._runs([10, 20], starts, counts)
+    assert rows.tolist() == [11, 13, 10, 21, 20]
+    assert begins.tolist() == [0, 1, 4, 7, 8]

@@ -368,7 +368,7 @@ def row_cut(
 
 def row_merge(keys: Tensor, counts: Tensor, need: Tensor, place: int) -> tuple[Tensor, Tensor]:
     processes, rows = counts.shape
-    starts = counts.cumsum(1) - counts
+    keys, starts = keys.contiguous(), counts.cumsum(1) - counts
     table = torch.cat([starts.flatten(), counts.flatten(), need, need.new_empty(2 * rows)])
     job = _Job(rows=rows, columns=processes, values=keys.data_ptr(), rowwise=table.data_ptr(), a=keys.shape[1], b=place)
     if rows:

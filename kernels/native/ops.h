@@ -568,6 +568,7 @@ inline void row_merge(const void* context, char* memory, Chunks& chunks) {
         std::memcpy(all + size, values + process * job.a + starts[run], size_t(counts[run]) * 4);
         size += counts[run];
       }
+      if (job.b == job.columns) before = size;
       for (int64_t i = 0; i < BLOCK; ++i) all[size + i] = PADDING;
       int32_t key;
       nth(all, size, need[row], 0, FINITE, false, one, two, key);

@@ -236,7 +236,7 @@ def ranks(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON Lines file; what was found is added to it.")] = None,
 ) -> None:
-    """Measure what several processes gain in calibration and what exact selection pays for being shared; some three minutes."""
+    """Measure what several processes gain in calibration and what exact selection pays for being shared; some eight minutes."""
     import torch
 
     from hftcore.bench import ranks as several

@@ -40,7 +40,7 @@ from hftcore.ranks import gather, summed
 from hftcore.selection import find_cut
 
 RANKS = (1, 2, 4)
-SELECTIONS = 5  # times as many rounds of selection, which are short
+SELECTIONS = 9  # times as many rounds of selection, which are short
 BATCHES, SAMPLES, TOKENS = 8, 2, 128
 
 

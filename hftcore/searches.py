@@ -46,17 +46,11 @@ def descend(
         low, high = window
         inside = (values >= low) & (values < high)
         values, numbers = values[inside], None if numbers is None else numbers[inside]
-        shift = shift_of(low, high)
+        shift = _shift_of(low, high)
         counts = yield bins_of((values - low) >> shift, numbers, ((high - low - 1) >> shift) + 1)
         window, need, most = narrowed(counts, window, shift, need)
         if shift == 0:
             return window[0], need, most
-
-
-def shift_of(low: int, high: int) -> int:
-    """How many bits of a window's values one round leaves to the next ones, all of which take as many."""
-    bits = (high - low - 1).bit_length()
-    return bits - ceil(bits / max(1, ceil(bits / BINS_BITS)))
 
 
 def narrowed(counts: Tensor, window: tuple[int, int], shift: int, need: int) -> tuple[tuple[int, int], int, int]:
@@ -73,3 +67,9 @@ def bins_of(values: np.ndarray, numbers: np.ndarray | None, bins: int) -> Tensor
     # PyTorch's takes a tenth of the time of NumPy's
     weights = None if numbers is None else torch.from_numpy(numbers)
     return torch.bincount(torch.from_numpy(values), weights, bins).long()
+
+
+def _shift_of(low: int, high: int) -> int:
+    """How many bits of a window's values one round leaves to the next ones, all of which take as many."""
+    bits = (high - low - 1).bit_length()
+    return bits - ceil(bits / max(1, ceil(bits / BINS_BITS)))

@@ -10,11 +10,11 @@ from torch import Tensor
 from hftcore.errors import NonFiniteError
 from hftcore.kernels.reference import FINITE
 from hftcore.parts import Maker
-from hftcore.searches import BINS_BITS, Search, bins_of, descend, narrowed
+from hftcore.searches import BINS_BITS, Search, bins_of, descend, everyone, narrowed
 from hftcore.ties import Last
 
-# places for keys that travel with their rows, as many for each process as there are keys of all: at most 128 KB a round; where that
-# would be more, counts tell the same in two to four rounds
+# places for keys that travel with their rows, in one round: each process has as many as all have keys. At most 128 KB of a matrix or
+# model; where that would be more, counts tell the same in two to four rounds
 LISTED = 1 << 14
 
 
@@ -84,8 +84,10 @@ def collect(
             at = np.flatnonzero((found >= low) & (found < high))
             run_rows, run_starts = _runs(firsts, starts, counts)
             own = np.stack([found[at], run_rows[np.searchsorted(run_starts, at, "right") - 1]])
-            every = yield from _everyone(torch.from_numpy(own), most, rank, processes)
-            return _among(every, need)
+            # one more each, for 0 to say that there is none
+            every = yield from everyone(torch.from_numpy(own + 1), rank, processes, most)
+            pairs = every.transpose(0, 1).flatten(1)
+            return _among(pairs[:, pairs[0] > 0].numpy() - 1, need)
         key = low
         if high - low > 1:
             key, need, most = yield from descend(found, None, (low, high), need)
@@ -103,15 +105,6 @@ def refuse_spoiled(scores: int) -> None:
         raise NonFiniteError(
             f"weight has {scores} scores that are NaN or infinite; repair the weights or calibrate again"
         )
-
-
-def _everyone(own: Tensor, most: int, rank: int, processes: int) -> Search[np.ndarray]:
-    """[2, n]: the pairs of all processes, which are at most `most`; none is negative."""
-    told = torch.zeros(processes, 2, most, dtype=torch.int32)
-    told[rank, :, : own.shape[1]] = own + 1  # 0: there is none
-    told = yield told
-    pairs = told.transpose(0, 1).flatten(1)
-    return pairs[:, pairs[0] > 0].numpy() - 1
 
 
 def _among(pairs: np.ndarray, need: int) -> tuple[Threshold, Last]:

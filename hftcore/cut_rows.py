@@ -15,7 +15,7 @@ from torch import Tensor
 from hftcore.backend import implementation
 from hftcore.kernels.reference import FINITE
 from hftcore.parts import Part
-from hftcore.searches import Search
+from hftcore.searches import Search, everyone
 
 ROOM = 256  # keys of a row on average, of all processes, that travel and are in memory; a round halves what is more
 
@@ -50,26 +50,24 @@ def row_cuts(part: Part, columns: Columns, count: int) -> Search[tuple[Tensor, T
     if count in (0, total):
         return torch.full((rows,), FINITE if count else 0, dtype=torch.int32), torch.zeros(rows, dtype=torch.int64)
 
-    def everyone(mine: Tensor) -> Search[Tensor]:
-        """[processes that count, ...] int32: what each of them tells."""
-        told = torch.zeros(len(columns.widths), *mine.shape, dtype=torch.int32)
-        if columns.is_counted:
-            told[columns.place] = mine
-        return (yield told)
+    place, processes = columns.place if columns.is_counted else None, len(columns.widths)
+
+    def told(mine: Tensor) -> Search[Tensor]:
+        return everyone(mine, place, processes, rows)
 
     # shares that are rounded up add up to `count` or more, and these shares less one each to less than `count`: the threshold is
     # not above all ends of the shares, and not below all of them
     share = -(-count * part.weight.shape[1] // total)
     has_some = part.weight.numel() > 0
-    ends = yield from everyone(part.call("row_keys", share).cpu() if has_some else torch.zeros(rows, dtype=torch.int32))
+    ends = yield from told(part.call("row_keys", share).cpu() if has_some else torch.zeros(rows, dtype=torch.int32))
     low, high = ends.amin(0).long(), ends.amax(0).long()
     keys = torch.empty(ROOM * rows, dtype=torch.int32, device=part.weight.device)
     own = _counts(part, low, high, keys)
-    told = yield from everyone(torch.stack([own.below, own.inside]))
-    below, reached, is_collected = told[:, 0], told.sum(1), True
-    while len(columns.widths) * int((reached - below)[:, low < high].sum(1).max()) > ROOM * rows:
+    counts = yield from told(torch.stack([own.below, own.inside]))
+    below, reached, is_collected = counts[:, 0], counts.sum(1), True
+    while processes * int((reached - below)[:, low < high].sum(1).max()) > ROOM * rows:
         middle, is_collected = (low + high) // 2, False
-        half = yield from everyone(_counts(part, middle + 1, middle, keys[:0]).below)
+        half = yield from told(_counts(part, middle + 1, middle, keys[:0]).below)
         is_lower = half.sum(0) >= count
         high, reached = torch.where(is_lower, middle, high), torch.where(is_lower, half, reached)
         low, below = torch.where(is_lower, low, middle + 1), torch.where(is_lower, below, half)
@@ -77,14 +75,9 @@ def row_cuts(part: Part, columns: Columns, count: int) -> Search[tuple[Tensor, T
     quota = need - inside[: columns.place].sum(0)
     if is_open.any():
         listed = inside[:, is_open].long()
-        line = torch.zeros(len(listed), int(listed.sum(1).max()), dtype=torch.int32)
-        if columns.is_counted:
-            if not (is_collected and is_open.all()):
-                own = _counts(part, torch.where(is_open, low, high + 1), high, keys)
-            mine = _by_row(keys, own)
-            line[columns.place, : len(mine)] = mine
-        # the keys of all processes, from left to right
-        line = yield line
+        if not (is_collected and is_open.all()):
+            own = _counts(part, torch.where(is_open, low, high + 1), high, keys)
+        line = yield from everyone(_by_row(keys, own), place, processes, int(listed.sum(1).max()))
         key, quota[is_open] = implementation("row_merge", line.device)(line, listed, need[is_open], columns.place)
         low[is_open] = key.long()
     return low.int(), quota.clamp(0, part.weight.shape[1])

@@ -42,12 +42,7 @@ def rank_in(group: Any) -> int:
 
 
 def summed(numbers: Tensor, group: Any) -> Tensor:
-    """The sum over all processes, element by element, on the CPU; for integers, whose sums have no order."""
-    return _summed_(numbers.clone(), group)
-
-
-def _summed_(numbers: Tensor, group: Any) -> Tensor:
-    """The same of numbers that nobody needs any more."""
+    """The sum over all processes, element by element, on the CPU; for integers, whose sums have no order. `numbers` are given away."""
     for line in _lines(group):
         numbers = numbers.to(_carrier(line))
         with _reaching_all():
@@ -83,7 +78,7 @@ def side_by_side(searches: Sequence[Search[Found]], group: Any) -> list[Found]:
     while counted:
         asked, counted = counted, {}
         flat = [one.flatten() for one in asked.values()]
-        total = _summed_(torch.cat(flat) if len(flat) > 1 else flat[0], group)
+        total = summed(torch.cat(flat) if len(flat) > 1 else flat[0], group)
         answers = total.split([one.numel() for one in asked.values()])
         for (number, one), answer in zip(asked.items(), answers, strict=True):
             go_on(number, answer.view_as(one))

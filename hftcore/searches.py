@@ -1,7 +1,8 @@
 """Searches among numbers that several processes may hold together.
 
 All that a search needs of the others is sums of counts: it is a generator that gives away what it counted here and is sent the sum
-over all processes (`ranks.side_by_side`); one process answers itself (`by_itself`).
+over all processes (`ranks.side_by_side`); one process answers itself (`by_itself`). Where each process adds to a place of its own, the
+sum is what all of them tell (`everyone`).
 """
 
 from collections.abc import Generator
@@ -27,6 +28,24 @@ def by_itself(search: Search[Found]) -> Found:
     except StopIteration as end:
         found: Found = end.value
         return found
+
+
+def everyone(mine: Tensor, place: int | None, places: int, longest: int) -> Search[Tensor]:
+    """What each process tells.
+
+    Args:
+        mine: [..., n] int32, what this one tells.
+        place: its own; None: it has none, and tells nothing.
+        places: how many there are.
+        longest: n or more, the same on all processes.
+
+    Returns:
+        [places, ..., longest] int32, with zeros where a process tells less.
+    """
+    told = torch.zeros(places, *mine.shape[:-1], longest, dtype=torch.int32)
+    if place is not None:
+        told[place, ..., : mine.shape[-1]] = mine
+    return (yield told)
 
 
 def descend(

@@ -116,10 +116,8 @@ def row_merge(keys: Tensor, counts: Tensor, need: Tensor, place: int) -> tuple[T
     for row, wanted in enumerate(need.tolist()):
         every = [own[row] for own in runs]
         key = torch.cat(every).sort().values[wanted - 1]
-        below, ties = (
-            sum(int((own < key).sum()) for own in every),
-            sum(int((own == key).sum()) for own in every[:place]),
-        )
+        below = sum(int((own < key).sum()) for own in every)
+        ties = sum(int((own == key).sum()) for own in every[:place])
         found.append(int(key))
         left.append(max(0, wanted - below - ties))
     return torch.tensor(found, dtype=torch.int32), torch.tensor(left, dtype=torch.int64)

@@ -226,8 +226,9 @@ struct Ops {
 
   static int64_t between_scratch(const Job& job) { return Band::scratch(job) + 4 * (padded(job) + SPAN + 3 * BLOCK); }
 
-  // a = low, b = high, or `keys`: low of each row, then high of each row; c = room; values = int32 [c]; rowwise = where each row's keys begin [rows], how many they
-  // are [rows], of all rows: below, inside, not finite [3], and with keys, how many of each row are below [rows]
+  // a = low, b = high, or `keys`: low of each row, then high of each row; c = room; values = int32 [c]; rowwise = where each row's keys
+  // begin [rows], how many they are [rows], of all rows: below, inside, not finite [3], and with `keys`, how many of each row are below
+  // [rows]
   static void keys_between(const void* context, char* memory, Chunks& chunks) {
     const Job& job = *static_cast<const Job*>(context);
     Band band(job, memory);
@@ -547,8 +548,8 @@ inline void fingerprint(const void* context, char*, Chunks& chunks) {
 }
 
 // Where the low set of each row ends among the keys of several processes: values = int32 [processes, a], the keys of each, row by row;
-// columns = processes; b = this one; c = keys of the longest row. rowwise = where the keys of a row begin and how many they are
-// [processes, rows], twice; how many of a row's keys are in the low set [rows]; and what is found: the highest key in it [rows], and
+// columns = processes; b = this one; c = keys of the longest row. rowwise = where the keys of a row begin [processes, rows], how many
+// they are [processes, rows], how many of a row's keys are in the low set [rows]; and what is found: the highest key in it [rows], and
 // how many that equal it are left for this process and those to its right [rows]
 inline int64_t merge_scratch(const Job& job) { return 12 * (job.c + 3 * BLOCK); }
 

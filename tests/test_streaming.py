@@ -1,6 +1,7 @@
 """Pruning on files is pruning in memory, bit for bit, whatever the files look like and whenever it is killed."""
 
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -758,6 +759,36 @@ def test_what_is_read_past_the_page_cache_is_what_the_file_holds(tmp_path, monke
             assert room[first : first + stop - start] == content[start:stop]
         with pytest.raises(HftcoreError, match="ended 1 bytes early"):
             source.read(60_000, 70_002, memoryview(room))
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no reading past the page cache here")
+def test_a_part_is_read_through_the_page_cache_if_that_holds_half_of_it(tmp_path, monkeypatch):
+    file, page, through = tmp_path / "file", direct.PAGE, []
+    content = os.urandom(64 * page)
+    file.write_bytes(content)
+    preadv, room = os.preadv, mmap.mmap(-1, 65 * page)
+
+    def read(handle, *rest):
+        through.append(not fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT)
+        return preadv(handle, *rest)
+
+    monkeypatch.setattr(os, "preadv", read)
+    with direct.DirectReader(file) as source, file.open("rb", buffering=0) as other:
+        for start, stop, wanted in [(0, 64, True), (1, 64, False), (0, 65, None), (16, 48, True), (40, 64, False), (5, 5, None)]:
+            os.fsync(other.fileno())
+            os.posix_fadvise(other.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(other.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            if source._is_held(0, 64 * page) or source._direct == source._cached:
+                pytest.skip("a file system that has nothing but the page cache")
+            os.pread(other.fileno(), 32 * page, 0)
+            through.clear()
+            if stop > 64:
+                with pytest.raises(HftcoreError, match="ended 4096 bytes early"):
+                    source.read(start * page, stop * page, memoryview(room))
+                continue
+            source.read(start * page, stop * page, memoryview(room))
+            assert room[: (stop - start) * page] == content[start * page : stop * page]
+            assert through == ([] if wanted is None else [wanted]), (start, stop)
 
 
 def test_memory_is_used_again_only_when_nothing_needs_it(tmp_path):

@@ -774,7 +774,14 @@ def test_a_part_is_read_through_the_page_cache_if_that_holds_half_of_it(tmp_path
 
     monkeypatch.setattr(os, "preadv", read)
     with direct.DirectReader(file) as source, file.open("rb", buffering=0) as other:
-        for start, stop, wanted in [(0, 64, True), (1, 64, False), (0, 65, None), (16, 48, True), (40, 64, False), (5, 5, None)]:
+        for start, stop, wanted in [
+            (0, 64, True),
+            (1, 64, False),
+            (0, 65, None),
+            (16, 48, True),
+            (40, 64, False),
+            (5, 5, None),
+        ]:
             os.fsync(other.fileno())
             os.posix_fadvise(other.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             os.posix_fadvise(other.fileno(), 0, 0, os.POSIX_FADV_RANDOM)

@@ -98,14 +98,13 @@ def displace(
         HftcoreError: a parameter of a dtype or shape that an Edit cannot hold (by name).
     """
     check_movable(parameters)
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    entries, after = {}, {}
     with perturbed(parameters, direction, length):
-        for name, parameter in parameters.items():
-            old, new = whole(before.pop(name)), whole(parameter.detach())
-            if keeps:
-                entries[name] = difference(old, new)
-            after[name] = parameter.detach().clone()
+        after = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    entries = {}
+    for name, parameter in parameters.items():
+        old, new = whole(parameter.detach()), whole(after[name])
+        if keeps:
+            entries[name] = difference(old, new)
     with torch.no_grad():
         for name, moved in after.items():
             parameters[name].copy_(moved)

@@ -21,6 +21,7 @@ PAGE = max(
     4096, mmap.PAGESIZE
 )  # what offsets, lengths and addresses must be multiples of; no disk in use asks for more
 ROOM = 1 << 22  # bytes collected for the disk; a multiple of PAGE
+ADVISED = 1 << 17  # bytes that every system fetches when it is advised to; of more some leave out the rest
 STRAIGHT = 1 << 20  # bytes from which on they are not collected but handed on from where they lie, if they lie right
 
 
@@ -34,6 +35,9 @@ class DirectReader:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._cached, self._direct = _open(file, os.O_RDONLY)
+        if self._cached != self._direct:
+            # no more than is asked for: what the system reads on would be found in the cache next, and so on to the end of the file
+            os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_RANDOM)
         self._map = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)
 
     def __enter__(self) -> "DirectReader":
@@ -55,10 +59,11 @@ class DirectReader:
         """
         base = start - start % PAGE
         place, handle = start, self._direct
-        if handle != self._cached and start < stop and self._is_held(start, stop):
+        if handle != self._cached and self._is_held(start, stop):
             handle = self._cached
             # all gaps are on their way at once, not one after the other as reading comes to them
-            os.posix_fadvise(handle, start, stop - start, os.POSIX_FADV_WILLNEED)
+            for at in range(start, stop, ADVISED):
+                os.posix_fadvise(handle, at, min(ADVISED, stop - at), os.POSIX_FADV_WILLNEED)
         while place < stop:
             first = place - place % PAGE
             try:

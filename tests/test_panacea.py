@@ -17,6 +17,7 @@ from hftcore.bindings.checkpoints.edits import apply_edit, revert_edit
 from hftcore.bindings.coefficients import draw_coefficients
 from hftcore.bindings.trainers.collate import Collator
 from hftcore.bindings.trainers.panacea import PanaceaConfig, PanaceaTrainer
+from hftcore.defenses import panacea_perturb
 from hftcore.defenses.merged import Factors, lora_factors, merged_length
 from hftcore.defenses.panacea import PanaceaSettings, panacea_step
 from hftcore.defenses.panacea_perturb import safety_coefficients
@@ -357,6 +358,24 @@ def test_bad_harmful_batches_are_refused_and_change_nothing(batches, message):
         hftcore.panacea_perturb(model, batches)
     assert equal(weights(model), before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_what_fails_when_the_edit_is_made_leaves_every_weight(monkeypatch):
+    model, made = tiny_model("llama"), []
+
+    def difference(*args):
+        made.append(args)
+        if len(made) == 3:
+            raise MemoryError
+        return kept(*args)
+
+    kept = panacea_perturb.difference
+    monkeypatch.setattr(panacea_perturb, "difference", difference)
+    before = weights(model)
+    with pytest.raises(MemoryError):
+        hftcore.panacea_perturb(model, None, direction="random")
+    assert len(made) == 3
+    assert equal(weights(model), before)
 
 
 def test_coefficients_are_sums_by_block_and_drawn(tmp_path):

@@ -18,7 +18,7 @@ from hftcore.edit import CONFIG, TENSORS, Edit, TensorEdit, config_text
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 # the order in which the safetensors library lays out tensors: by descending dtype, then by name
 ORDER = ("F32", "BF16", "F16", "U8")
-WAITING = 1 << 24  # bytes of values that wait to be written at most
+WAITING = 1 << 23  # bytes of values that wait to be written at most
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hftcore.bindings.checkpoints.pieces import Piece
 from hftcore.direct import PAGE, DirectReader
 
 # bytes read at a time: what is read, ranked, hashed and written soon after each other stays in the cache of the processor
-BLOCK = 1 << 23
+BLOCK = 1 << 22
 
 Span = tuple[Path, int, int]  # bytes [start, stop) of a file
 

@@ -15,7 +15,7 @@ from hftcore.bindings.checkpoints.stored import read_header
 from hftcore.direct import DirectWriter
 from hftcore.ops.fingerprints import fingerprint_sum
 
-BLOCKS = 5  # in memory: one each is read, changed, hashed and written, and one waits for the slowest of these
+BLOCKS = 8  # in memory: one each is read, changed, hashed and written, and the others wait for the slowest of these
 
 # the name of a tensor, what is changed of it here if anything, and where it lies
 Step = tuple[str, Rows | None, Span]

@@ -8,7 +8,6 @@ import ctypes
 import errno
 import mmap
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +100,7 @@ class DirectWriter:
     def __init__(self, file: Path) -> None:
         self._cached, self._direct = _open(file, os.O_WRONLY)
         # it begins with a page of the file, and being mapped with one of memory
-        self._room = torch.frombuffer(fresh_pages(ROOM), dtype=torch.uint8)
+        self._room = torch.frombuffer(mmap.mmap(-1, ROOM), dtype=torch.uint8)
         # of the bytes of the file that wait there
         self._start = self._stop = 0
 
@@ -166,16 +165,6 @@ class DirectWriter:
                 handle = self._cached
                 continue
             data, start = data[written:], start + written
-
-
-def fresh_pages(size: int) -> mmap.mmap:
-    """`size` bytes of memory that begin with a page, in as few pages as the system gives."""
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # reading and writing past the page cache looks up each of them, every time
-        with suppress(OSError):  # a system that was built without
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return pages
 
 
 def _open(file: Path, flags: int) -> tuple[int, int]:

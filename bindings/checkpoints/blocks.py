@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hftcore.bindings.checkpoints.pieces import Piece
-from hftcore.direct import PAGE, DirectReader, fresh_pages
+from hftcore.direct import PAGE, DirectReader
 
 # bytes read at a time: what is read, ranked, hashed and written soon after each other stays in the cache of the processor
 BLOCK = 1 << 22
@@ -82,7 +82,7 @@ class Blocks:
             BLOCK + 2 * PAGE
         ):
             self._return()
-        room = self._free.pop() if size <= BLOCK and self._free else fresh_pages(max(size, BLOCK) + 2 * PAGE)
+        room = self._free.pop() if size <= BLOCK and self._free else mmap.mmap(-1, max(size, BLOCK) + 2 * PAGE)
         self._lent.append((room, []))
         return self._lent[-1]
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,58 @@ def in_process(program, *args):
 def own_lines(text):
     """The lines on stderr but for the notice that the native backend is not built, which depends on the machine."""
     return [line for line in text.splitlines() if not line.startswith("hftcore runs on the torch backend")]
+
+
+ENDING = """
+import atexit, os, sys, threading, time
+from hftcore.bindings import cli
+
+class Held:
+    def __del__(self, write=os.write):
+        write(1, b"taken apart ")
+
+def main():
+    sys.held = Held()
+    atexit.register(print, "handler", end=" ")
+    threading.Thread(target=lambda: (time.sleep(0.1), print("thread", end=" "))).start()
+    END
+
+cli.main = main
+cli.program()
+"""
+
+
+def ended(end, out):
+    """A program whose main part ends with this statement."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", ENDING.replace("END", end)]
+    return subprocess.run(
+        command, stdout=out, stderr=subprocess.PIPE, env=environment, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "out"),
+    [
+        ("sys.exit(0)", 0, "thread handler "),
+        ("sys.exit(143)", 143, "thread handler "),
+        ("sys.exit('a word')", 1, "thread handler taken apart "),
+        ("raise ValueError('a word')", 1, "thread handler taken apart "),
+        ("raise KeyboardInterrupt('a word')", -signal.SIGINT, "thread handler taken apart "),
+    ],
+)
+def test_a_program_that_ends_leaves_its_objects_to_the_system_and_nothing_else(end, code, out):
+    done = ended(end, subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (code, out)
+    assert ("a word" in done.stderr) == ("a word" in end)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_program_tells_that_its_last_words_were_lost():
+    with open("/dev/full", "w") as full:
+        done = ended("sys.exit(0)", full)
+    assert done.returncode == 120
+    assert "No space left on device" in done.stderr
 
 
 def test_wanda_writes_the_model_that_the_library_prunes(world, tmp_path):

@@ -1,6 +1,8 @@
 """The command line `hftcore`. A command imports the library when it runs, so that `--help` answers at once."""
 
+import atexit
 import gc
+import os
 import signal
 import sys
 
@@ -24,3 +26,29 @@ def main() -> None:
         # help, which is what no arguments at all ask for, keeps its lines
         typer.echo(message if message.startswith("Usage:") else f"error: {message} (see hftcore --help)", err=True)
         sys.exit(getattr(error, "exit_code", 2))
+
+
+def program() -> None:
+    """`main` as a process of its own, which ends without freeing every object one by one: that takes Python a second."""
+    codes: list[int] = []
+    # what is registered first is called last, when threads and all other handlers are done
+    atexit.register(_leave, codes)
+    try:
+        main()
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            codes.append(end.code)
+        raise
+
+
+def _leave(codes: list[int]) -> None:
+    """End with this exit code; without one, by a signal or an exception, Python ends as it always does."""
+    if not codes:
+        return
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except OSError:
+        return  # Python flushes again, and says so
+    os._exit(codes[0])

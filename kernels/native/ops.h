@@ -529,6 +529,8 @@ struct Ops {
 };
 
 // Σ mix64(element + (position + 1) · golden ratio); a = number of elements, items are pieces of b of them, c = position of the first
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
+
 template <class Bits>
 inline void fingerprint(const void* context, char*, Chunks& chunks) {
   const Job& job = *static_cast<const Job*>(context);
@@ -536,9 +538,11 @@ inline void fingerprint(const void* context, char*, Chunks& chunks) {
   uint64_t total = 0;
   int64_t begin, end;
   while (chunks.next(begin, end)) {
-    int64_t stop = smaller(end * job.b, job.a);
-    for (int64_t i = begin * job.b; i < stop; ++i) {
-      uint64_t z = bits[i] + (uint64_t(i) + uint64_t(job.c) + 1) * 0x9E3779B97F4A7C15u;
+    const int64_t first = begin * job.b, stop = smaller(end * job.b, job.a);
+    // counted up, as a product of 64 bits is dear
+    uint64_t place = (uint64_t(first) + uint64_t(job.c) + 1) * GOLDEN;
+    for (int64_t i = first; i < stop; ++i, place += GOLDEN) {
+      uint64_t z = bits[i] + place;
       z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
       z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
       total += z ^ (z >> 31);

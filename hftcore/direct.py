@@ -39,6 +39,7 @@ class DirectReader:
             # no more than is asked for: what the system reads on would be found in the cache next, and so on to the end of the file
             os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_RANDOM)
         self._map = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)
+        self._ways: dict[tuple[int, int], int] = {}  # of parts that are read soon
 
     def __enter__(self) -> "DirectReader":
         return self
@@ -51,19 +52,21 @@ class DirectReader:
         for handle in {self._cached, self._direct}:
             os.close(handle)
 
-    def read(self, start: int, stop: int, room: memoryview) -> None:
+    def read(self, start: int, stop: int, room: memoryview, then: tuple[int, int] | None = None) -> None:
         """Put bytes `start` to `stop` of the file at `start % PAGE` of `room`, which begins with a page and ends with a spare one.
+
+        Args:
+            start, stop, room: as above.
+            then: a part that will be read soon; if it goes through the page cache, the system fetches its gaps meanwhile.
 
         Raises:
             HftcoreError: the file ends before.
         """
         base = start - start % PAGE
-        place, handle = start, self._direct
-        if handle != self._cached and self._is_held(start, stop):
-            handle = self._cached
-            # all gaps are on their way at once, not one after the other as reading comes to them
-            for at in range(start, stop, ADVISED):
-                os.posix_fadvise(handle, at, min(ADVISED, stop - at), os.POSIX_FADV_WILLNEED)
+        place, handle = start, self._way(start, stop)
+        del self._ways[start, stop]  # next time the page cache may hold other parts
+        if then is not None:
+            self._way(*then)
         while place < stop:
             first = place - place % PAGE
             try:
@@ -77,6 +80,17 @@ class DirectReader:
             if first + got <= place:
                 raise HftcoreError(f"{self.file} ended {stop - place} bytes early; was it changed while it was read?")
             place = first + got
+
+    def _way(self, start: int, stop: int) -> int:
+        """The handle to read this part by; from the first time that it is asked for, its gaps in the page cache are on their way."""
+        if (start, stop) not in self._ways:
+            self._ways[start, stop] = self._direct
+            if self._direct != self._cached and self._is_held(start, stop):
+                self._ways[start, stop] = self._cached
+                # all at once, not one after the other as reading comes to them
+                for at in range(start, stop, ADVISED):
+                    os.posix_fadvise(self._cached, at, min(ADVISED, stop - at), os.POSIX_FADV_WILLNEED)
+        return self._ways[start, stop]
 
     def _is_held(self, start: int, stop: int) -> bool:
         """Whether half of this is in the page cache; to ask by reading without waiting would begin to read it into the cache."""

@@ -85,9 +85,9 @@ def readings(monkeypatch):
     def count(file, start, stop):
         counts.update((Path(file).name, place) for place in range(start, stop))
 
-    def read(self, start, stop, room):
+    def read(self, start, stop, room, then=None):
         count(self.file, start, stop)
-        straight(self, start, stop, room)
+        straight(self, start, stop, room, then)
 
     monkeypatch.setattr(
         weights, "_read_bytes", lambda piece, rows: (count(piece.file, piece.start, piece.stop), plain(piece, rows))

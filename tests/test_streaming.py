@@ -765,55 +765,122 @@ def test_what_is_read_past_the_page_cache_is_what_the_file_holds(tmp_path, monke
             source.read(60_000, 70_002, memoryview(room))
 
 
-@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no reading past the page cache here")
+class PartlyHeld:
+    """A file of 256 pages, the first 32 of which the page cache holds, and what its reader asks the system for.
+
+    What is asked for ahead does not come, so that it is reading that comes to the gaps.
+    """
+
+    def __init__(self, file, patched):
+        self.through, self.advised = [], []
+        self.content = os.urandom(256 * direct.PAGE)
+        self._room, self._file, self._advise = mmap.mmap(-1, 257 * direct.PAGE), file, os.posix_fadvise
+        file.write_bytes(self.content)
+        patched.setattr(os, "posix_fadvise", self._note_advice)
+        self.source = direct.DirectReader(file)
+        if self.source._direct == self.source._cached:
+            pytest.skip("a file system without a way past the page cache")
+        with file.open("rb", buffering=0) as other:
+            os.fsync(other.fileno())
+        self.hold(0)
+        if self.held(0, 256):
+            pytest.skip("a file system whose page cache cannot be emptied")
+        self.hold(32)
+        preadv = os.preadv
+
+        def read(handle, *rest):
+            self.through.append(not fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT)
+            return preadv(handle, *rest)
+
+        patched.setattr(os, "preadv", read)
+
+    def hold(self, pages):
+        """Have so many of the first pages in the page cache, and no other."""
+        with self._file.open("rb", buffering=0) as other:
+            self._advise(other.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._advise(other.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            os.pread(other.fileno(), pages * direct.PAGE, 0)
+
+    def held(self, first, last):
+        """How many of these pages are there."""
+        pages = np.zeros(last - first, np.uint8)
+        mapped = np.memmap(self._file, np.uint8, "r")[first * direct.PAGE : last * direct.PAGE]
+        assert not direct._C.mincore(ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(len(mapped)), pages.ctypes)
+        return int((pages & 1).sum())
+
+    def read(self, start, stop, then=None):
+        self.source.read(start, stop, memoryview(self._room), then)
+        first = start % direct.PAGE
+        assert self._room[first : first + stop - start] == self.content[start:stop]
+
+    def _note_advice(self, handle, first, length, advice):
+        self.advised.append((first, length, advice))
+        if advice != os.POSIX_FADV_WILLNEED:
+            self._advise(handle, first, length, advice)
+
+
+@pytest.fixture
+def partly_held(tmp_path, monkeypatch):
+    if not hasattr(os, "O_DIRECT"):
+        pytest.skip("no reading past the page cache here")
+    monkeypatch.setattr(direct, "ADVISED", 30 * direct.PAGE)
+    file = PartlyHeld(tmp_path / "file", monkeypatch)
+    with file.source:
+        yield file
+
+
 @pytest.mark.parametrize(
     ("start", "stop", "is_cached"),
     [(0, 64, [True]), (1, 64, [False]), (16, 48, [True]), (40, 64, [False]), (5, 5, []), (0.01, 40.01, [True])],
 )
-def test_a_part_is_read_through_the_page_cache_if_that_holds_half_of_it(tmp_path, monkeypatch, start, stop, is_cached):
-    page, through, advised = direct.PAGE, [], []
-    random, needed = os.POSIX_FADV_RANDOM, os.POSIX_FADV_WILLNEED
+def test_a_part_is_read_through_the_page_cache_if_that_holds_half_of_it(partly_held, start, stop, is_cached):
+    page = direct.PAGE
     start, stop = int(start * page), int(stop * page)
-    file = tmp_path / "file"
-    file.write_bytes(content := os.urandom(256 * page))
-    room, preadv, posix_fadvise = mmap.mmap(-1, 257 * page), os.preadv, os.posix_fadvise
-
-    def held(first, last):
-        pages = np.zeros(last - first, np.uint8)
-        mapped = np.memmap(file, np.uint8, "r")[first * page : last * page]
-        assert not direct._C.mincore(ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(len(mapped)), pages.ctypes)
-        return int((pages & 1).sum())
-
-    def read(handle, *rest):
-        through.append(not fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT)
-        return preadv(handle, *rest)
-
-    def advise(handle, first, length, advice):
-        advised.append((first, length, advice))
-        # what is asked for ahead does not come, so that it is reading that comes to the gaps
-        if advice != needed:
-            posix_fadvise(handle, first, length, advice)
-
-    monkeypatch.setattr(os, "posix_fadvise", advise)
-    with direct.DirectReader(file) as source, file.open("rb", buffering=0) as other:
-        if source._direct == source._cached:
-            pytest.skip("a file system without a way past the page cache")
-        os.fsync(other.fileno())
-        posix_fadvise(other.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if held(0, 256):
-            pytest.skip("a file system whose page cache cannot be emptied")
-        posix_fadvise(other.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        os.pread(other.fileno(), 32 * page, 0)
-        monkeypatch.setattr(os, "preadv", read)
-        monkeypatch.setattr(direct, "ADVISED", 30 * page)
-        source.read(start, stop, memoryview(room))
-    first = start % page
-    assert room[first : first + stop - start] == content[start:stop]
-    assert through == is_cached
+    partly_held.read(start, stop)
+    assert partly_held.through == is_cached
     wanted = range(start, stop, 30 * page) if is_cached == [True] else ()
     # nothing is read on, or the next part would seem to be held
-    assert advised == [(0, 0, random), *((at, min(30 * page, stop - at), needed) for at in wanted)]
-    assert held(64, 256) == 0
+    assert partly_held.advised == [
+        (0, 0, os.POSIX_FADV_RANDOM),
+        *((at, min(30 * page, stop - at), os.POSIX_FADV_WILLNEED) for at in wanted),
+    ]
+    assert partly_held.held(64, 256) == 0
+
+
+def test_the_gaps_of_a_part_are_asked_for_while_another_one_is_read(partly_held):
+    page, needed = direct.PAGE, os.POSIX_FADV_WILLNEED
+    coming, cold = (16 * page, 48 * page), (48 * page, 64 * page)
+    partly_held.read(0, 8 * page, then=coming)
+    partly_held.read(8 * page, 16 * page, then=cold)
+    asked = [(0, 8 * page), coming, (8 * page, 16 * page)]
+    told = [(at, min(30 * page, stop - at), needed) for start, stop in asked for at in range(start, stop, 30 * page)]
+    assert partly_held.advised == [(0, 0, os.POSIX_FADV_RANDOM), *told]
+    # what was asked for is read from there, and not asked for again; of other parts what is there by then counts
+    partly_held.hold(0)
+    partly_held.read(*coming)
+    partly_held.hold(64)
+    partly_held.read(*cold)
+    assert partly_held.through == [True, True, True, False]
+    assert partly_held.advised == [(0, 0, os.POSIX_FADV_RANDOM), *told]
+    partly_held.read(*cold)
+    assert partly_held.through[-1]
+
+
+def test_of_each_block_what_the_page_cache_lacks_is_asked_for_two_blocks_before(tmp_path, monkeypatch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for file in (one, two):
+        file.write_bytes(bytes(50))
+    spans = [(one, 0, 10), (one, 10, 20), (one, 20, 30), (one, 30, 40), (two, 0, 10), (two, 10, 20), (two, 20, 30)]
+    asked, read = [], direct.DirectReader.read
+
+    def note(self, start, stop, room, then):
+        asked.append((self.file, start, stop, then))
+        read(self, start, stop, room, then)
+
+    monkeypatch.setattr(direct.DirectReader, "read", note)
+    assert [len(data) for data in blocks.Blocks(2).read(iter(spans))] == [10] * 7
+    ahead = [(20, 30), (30, 40), None, None, (20, 30), None, None]
+    assert asked == [(*span, then) for span, then in zip(spans, ahead, strict=True)]
 
 
 def test_memory_is_used_again_only_when_nothing_needs_it(tmp_path):

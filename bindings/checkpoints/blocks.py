@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice, tee, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hftcore.direct import PAGE, DirectReader
 
 # bytes read at a time: what is read, ranked, hashed and written soon after each other stays in the cache of the processor
 BLOCK = 1 << 22
+AHEAD = 2  # how many blocks before a block is read what the page cache lacks of it is asked for
 
 Span = tuple[Path, int, int]  # bytes [start, stop) of a file
 
@@ -44,7 +46,8 @@ class Blocks:
         source: DirectReader | None = None
         with ThreadPoolExecutor(1) as reader:
             try:
-                for file, start, stop in spans:
+                now, later = tee(spans)
+                for (file, start, stop), soon in zip_longest(now, islice(later, AHEAD, None)):
                     # where a block is larger than it should be, it is the only one
                     while coming and (len(coming) > 1 or max(stop - start, coming[-1][3] - coming[-1][2]) > BLOCK):
                         yield self._arrived(*coming.popleft())
@@ -54,7 +57,9 @@ class Blocks:
                         reader.submit(source.close)
                         source = None
                     source = source or DirectReader(file)
-                    coming.append((reader.submit(source.read, start, stop, memoryview(room)), room, start, stop, jobs))
+                    then = soon[1:] if soon and soon[0] == file else None
+                    read = reader.submit(source.read, start, stop, memoryview(room), then)
+                    coming.append((read, room, start, stop, jobs))
                 while coming:
                     yield self._arrived(*coming.popleft())
             finally:

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 import hftcore
 from hftcore import Edit, Energy, HftcoreError, NonFiniteError, direct
 from hftcore.bindings import jobs, models_io
-from hftcore.bindings.checkpoints import blocks, rewrite, threshold
+from hftcore.bindings.checkpoints import blocks, keys, rewrite, threshold
 from hftcore.bindings.checkpoints.edits import apply_edit, revert_edit
 from hftcore.bindings.checkpoints.manifest import MANIFEST
 from hftcore.bindings.checkpoints.prune import prune_folder
@@ -382,10 +382,12 @@ def test_running_out_of_memory_is_said_in_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("share", ["0.5", "0.02", "0.97"])
 @pytest.mark.parametrize("spread", ["alike", "by row", "by matrix", "two values"])
-@pytest.mark.parametrize("keys", [1 << 23, 300])
-def test_a_threshold_is_exact_however_the_sample_misleads(tmp_path, monkeypatch, share, spread, keys):
+@pytest.mark.parametrize("held", [1 << 23, 300])
+def test_a_threshold_is_exact_however_the_sample_misleads(tmp_path, monkeypatch, share, spread, held):
     """Stretches that tell little of the rest, windows that lack the wanted key, and more keys than there is room for."""
-    monkeypatch.setattr(threshold, "KEYS", keys)
+    monkeypatch.setattr(threshold, "HELD", held)
+    monkeypatch.setattr(keys, "HELD", held)
+    monkeypatch.setattr(keys, "LOOKED_AT", 100)
     monkeypatch.setattr(threshold, "LENGTH", 64)
     monkeypatch.setattr(threshold, "FEWEST", 20)
     draw = torch.Generator().manual_seed(0)
@@ -407,9 +409,41 @@ def test_a_threshold_is_exact_however_the_sample_misleads(tmp_path, monkeypatch,
     assert all(torch.equal(found.tensors[name].mask, entry.mask) for name, entry in edit.tensors.items())
 
 
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), sizes=st.lists(st.integers(0, 9), max_size=9), top=st.sampled_from([1, 2, 300, 70_000, FINITE]))
+def test_keys_beyond_memory_are_found_again_in_their_order(data, sizes, top):
+    wanted = []
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(keys, "HELD", 8)
+        patched.setattr(keys, "LOOKED_AT", 5)
+        with keys.Keys(Path(folder)) as found:
+            for size in sizes:
+                room = found.room(size)
+                assert len(room) >= min(size, 8)
+                some = data.draw(st.lists(st.integers(0, top - 1), max_size=min(size, 8)))
+                room[: len(some)] = torch.tensor(some, dtype=torch.int32)
+                found.took(len(some))
+                wanted += some
+            got = found.all()
+        assert got.tolist() == wanted
+        assert os.listdir(folder) == []
+        for need in range(1, len(wanted) + 1):
+            assert keys.nth_key(got, (0, top), need) == sorted(wanted)[need - 1]
+
+
+def test_a_disk_without_room_for_keys_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(keys, "HELD", 2)
+    found = keys.Keys(tmp_path / "missing")
+    found.room(2)
+    found.took(2)
+    with pytest.raises(HftcoreError, match="missing has no room for the keys next to the threshold"):
+        found.room(1)
+
+
 @pytest.mark.parametrize("window", [(0, FINITE), (0, 1), (FINITE - 1, FINITE)])
 def test_a_window_that_holds_all_or_nothing_costs_a_reading_and_no_bit(tmp_path, monkeypatch, window):
-    monkeypatch.setattr(threshold, "KEYS", 300)
+    monkeypatch.setattr(threshold, "HELD", 300)
+    monkeypatch.setattr(keys, "HELD", 300)
     monkeypatch.setattr(threshold, "_propose", lambda *_: (window, 1))
     model = tiny_model("llama")
     save_in(model, tmp_path / "model", 2, 0)

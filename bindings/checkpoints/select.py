@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +23,17 @@ class Selection:
     Args:
         sources: the pieces that take part, in position order.
         pattern: what to remove.
-        thresholds: what `plan` returned for the same call, if it is known from an earlier run.
+        folder: for what memory should not hold, while the choice is made.
+        plan: that of the same call, if it is known from an earlier run.
 
     Raises:
         HftcoreError: the pattern does not fit a piece; `NonFiniteError` naming the first bad weight.
     """
 
-    def __init__(self, sources: Sequence[Source], pattern: Pattern, plan: Mapping[str, Any] | None = None) -> None:
-        self.pattern = pattern
+    def __init__(
+        self, sources: Sequence[Source], pattern: Pattern, folder: Path, plan: Mapping[str, Any] | None = None
+    ) -> None:
+        self.pattern, self._folder = pattern, folder
         self._sources = {_key(source.piece): source for source in sources}
         self._check()
         self.plan: dict[str, list[int]] = dict(plan) if plan is not None else self._planned()
@@ -124,7 +128,7 @@ class Selection:
                 )
             count = self._low_count(group)
             with self._naming(group):
-                found = find_shares(group, count)
+                found = find_shares(group, count, self._folder)
             need = count - sum(found.below)
             for source, below, ties in zip(group, found.below, found.ties, strict=True):
                 mine = min(need, ties)

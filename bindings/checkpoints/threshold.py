@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from hftcore import checks
 from hftcore.bindings.checkpoints.blocks import Blocks, Rows, rows_of
+from hftcore.bindings.checkpoints.keys import HELD, Keys, nth_key
 from hftcore.bindings.checkpoints.pieces import Piece
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels.reference import FINITE
 from hftcore.parts import Part
 from hftcore.selection import confine
 
-KEYS = 1 << 23  # held in memory at most
+COLLECTED = 32  # one weight in so many, at most, lies in a window whose keys are collected
 STRETCHES = 4096  # of the files make up a sample, at most
 APART = 1 << 20  # bytes between their starts, unless there would be fewer than
 FEWEST = 256
@@ -51,27 +53,29 @@ class Shares:
     ties: list[int]
 
 
-def find_shares(sources: Sequence[Source], count: int) -> Shares:
+def find_shares(sources: Sequence[Source], count: int, folder: Path) -> Shares:
     """The key that ends the `count` lowest weights of all sources.
 
-    A sample of stretches all over the files proposes a window of keys. If the keys in it fit into memory one reading collects them, which
-    tells all there is to know; otherwise a reading that counts by bins narrows the window first. A sample that misleads costs a
-    reading, never exactness.
+    A sample of stretches all over the files proposes a window of keys. One reading collects the keys in it, those that are too many for
+    memory in a file in `folder`, which tells all there is to know. Where even that would be large, or the sample misled, a reading that
+    counts by bins narrows the window first. So a bad sample costs a reading, never exactness.
 
     Raises:
         NonFiniteError: a score is NaN or infinite; it does not say which.
+        HftcoreError: the folder has no room.
     """
     total = sum(source.piece.rows * source.piece.columns for source in sources)
+    most = max(HELD, total // COLLECTED)
     if not 0 < count < total:
         # no key is below 0, every finite one is below FINITE
         end = 0 if count == 0 else FINITE
         window, expected = (end, end), 0
     else:
         window, expected = _propose(sources, count / total, total)
-    found = _collect(sources, count, window) if expected <= KEYS else None
+    found = _collect(sources, count, window, folder, 2 * most) if expected <= most else None
     if found is None:
-        bracket = confine(_Parts(sources), count, total, window, KEYS)
-        found = _collect(sources, count, (bracket.low, bracket.high))
+        bracket = confine(_Parts(sources), count, total, window, HELD)
+        found = _collect(sources, count, (bracket.low, bracket.high), folder, HELD)
     if found is None:
         raise HftcoreError(
             f"the files of the model changed while they were read ({sources[0].piece.file}, ...); run again"
@@ -101,40 +105,40 @@ def _propose(sources: Sequence[Source], share: float, total: int) -> tuple[tuple
     return window, ceil((last - first + 1) / len(drawn) * total)
 
 
-def _collect(sources: Sequence[Source], count: int, window: tuple[int, int]) -> Shares | None:
-    """The shares from the keys in a window as one reading collects them; None where it lacks the wanted one or has too many."""
+def _collect(sources: Sequence[Source], count: int, window: tuple[int, int], folder: Path, most: int) -> Shares | None:
+    """The shares from the keys in a window as one reading collects them; None where it lacks the wanted one or has more than `most`."""
     low, high = window
-    keys = torch.empty(KEYS if high - low > 1 else 0, dtype=torch.int32)
-    below, inside, ends = [0] * len(sources), [0] * len(sources), [0] * len(sources)
-    filled = spoiled = 0
-    for number, part in _read(sources, _blocks(sources)):
-        under, strange, _, counts = part.call("keys_between", low, min(high, FINITE), keys[filled:])
-        found = int(counts.sum())
-        below[number] += under
-        inside[number] += found
-        spoiled += strange
-        if high - low > 1:
-            filled += found
-            ends[number] = filled
-            if filled > len(keys):
-                return None
-    if spoiled:
-        raise NonFiniteError(f"{spoiled} scores are NaN or infinite")
-    if high == low:
-        return Shares(low, below, [0] * len(sources))
-    place = count - sum(below) - 1
-    if not 0 <= place < sum(inside):
-        return None
-    if high - low == 1:
-        return Shares(low, below, inside)
-    found_keys = keys[:filled].numpy()
-    key = int(np.partition(found_keys, place)[place])
-    ties = []
-    for number, (end, size) in enumerate(zip(ends, inside, strict=True)):
-        mine = found_keys[end - size : end] if size else found_keys[:0]
-        below[number] += int((mine < key).sum())
-        ties.append(int((mine == key).sum()))
-    return Shares(key, below, ties)
+    nowhere = torch.empty(0, dtype=torch.int32)
+    below, inside, ties = [0] * len(sources), [0] * len(sources), [0] * len(sources)
+    spoiled = 0
+    with Keys(folder) as keys:
+        for number, part in _read(sources, _blocks(sources)):
+            # of one key nothing but its count is wanted
+            room = keys.room(part.weight.numel()) if high - low > 1 else nowhere
+            under, strange, _, counts = part.call("keys_between", low, min(high, FINITE), room)
+            found = int(counts.sum())
+            below[number] += under
+            inside[number] += found
+            spoiled += strange
+            if room is not nowhere:
+                if found > len(room) or sum(inside) > most:
+                    return None
+                keys.took(found)
+        if spoiled:
+            raise NonFiniteError(f"{spoiled} scores are NaN or infinite")
+        need = count - sum(below)
+        if high == low:
+            return Shares(low, below, ties)
+        if not 0 < need <= sum(inside):
+            return None
+        if high - low == 1:
+            return Shares(low, below, inside)
+        found_keys = keys.all()
+        key = nth_key(found_keys, window, need)
+        for number, mine in enumerate(np.split(found_keys, np.cumsum(inside)[:-1])):
+            below[number] += int((mine < key).sum())
+            ties[number] = int((mine == key).sum())
+        return Shares(key, below, ties)
 
 
 class _Parts(Iterable[Callable[[], Part]]):

@@ -1,5 +1,6 @@
 """Pruning on files is pruning in memory, bit for bit, whatever the files look like and whenever it is killed."""
 
+import copy
 import ctypes
 import errno
 import fcntl
@@ -440,16 +441,40 @@ def test_a_disk_without_room_for_keys_is_named(tmp_path, monkeypatch):
         found.room(1)
 
 
+@pytest.mark.parametrize("collected", [1, 32])
 @pytest.mark.parametrize("window", [(0, FINITE), (0, 1), (FINITE - 1, FINITE)])
-def test_a_window_that_holds_all_or_nothing_costs_a_reading_and_no_bit(tmp_path, monkeypatch, window):
+def test_a_window_that_holds_all_or_nothing_costs_a_reading_and_no_bit(tmp_path, monkeypatch, window, collected):
+    """With `collected` 1 that many keys may be collected, but not all of one piece at a time."""
     monkeypatch.setattr(threshold, "HELD", 300)
     monkeypatch.setattr(keys, "HELD", 300)
+    monkeypatch.setattr(threshold, "COLLECTED", collected)
     monkeypatch.setattr(threshold, "_propose", lambda *_: (window, 1))
     model = tiny_model("llama")
     save_in(model, tmp_path / "model", 2, 0)
     found = prune_folder(tmp_path / "model", energy_of(model), "0.4 model", tmp_path / "out", edit_only=True)
     edit = hftcore.prune(model, energy_of(model), "0.4 model")
     assert all(torch.equal(found.tensors[name].mask, entry.mask) for name, entry in edit.tensors.items())
+
+
+def test_keys_that_are_too_many_for_memory_still_take_one_reading(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    save_in(model, tmp_path / "model", 2, 0)
+    edit = hftcore.prune(copy.deepcopy(model), energy_of(model), "0.4 model")
+    held, stored, store = max(2 * layer.weight.numel() for layer in find_layers(model)), [], keys.Keys._store
+
+    def note(self):
+        stored.append(self._filled)
+        store(self)
+
+    monkeypatch.setattr(keys, "HELD", held)
+    monkeypatch.setattr(keys.Keys, "_store", note)
+    monkeypatch.setattr(threshold, "COLLECTED", 1)
+    monkeypatch.setattr(threshold, "_propose", lambda *_: ((0, FINITE), 1))
+    monkeypatch.setattr(threshold, "confine", None)
+    found = prune_folder(tmp_path / "model", energy_of(model), "0.4 model", tmp_path / "out", edit_only=True)
+    assert all(torch.equal(found.tensors[name].mask, entry.mask) for name, entry in edit.tensors.items())
+    assert sum(map(bool, stored)) > 1
+    assert sum(stored) == sum(layer.weight.numel() for layer in find_layers(model))
 
 
 def test_other_copies_of_the_weights_and_an_older_edit_are_left_behind(tmp_path):

@@ -1,6 +1,5 @@
 """Pruning on files is pruning in memory, bit for bit, whatever the files look like and whenever it is killed."""
 
-import copy
 import ctypes
 import errno
 import fcntl
@@ -35,8 +34,10 @@ from hftcore.bindings import jobs, models_io
 from hftcore.bindings.checkpoints import blocks, keys, rewrite, threshold
 from hftcore.bindings.checkpoints.edits import apply_edit, revert_edit
 from hftcore.bindings.checkpoints.manifest import MANIFEST
+from hftcore.bindings.checkpoints.pieces import find_pieces
 from hftcore.bindings.checkpoints.prune import prune_folder
 from hftcore.bindings.checkpoints.skeleton import load_skeleton
+from hftcore.bindings.checkpoints.stored import list_tensors
 from hftcore.bindings.checkpoints.verify import verify_folder
 from hftcore.bindings.cli.app import app
 from hftcore.edit_writer import EditWriter, Slot
@@ -413,10 +414,11 @@ def test_a_threshold_is_exact_however_the_sample_misleads(tmp_path, monkeypatch,
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), sizes=st.lists(st.integers(0, 9), max_size=9), top=st.sampled_from([1, 2, 300, 70_000, FINITE]))
 def test_keys_beyond_memory_are_found_again_in_their_order(data, sizes, top):
-    wanted = []
+    wanted, lengths = [], []
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
         patched.setattr(keys, "HELD", 8)
         patched.setattr(keys, "LOOKED_AT", 5)
+        patched.setattr(tempfile, "TemporaryFile", lambda **how: Narrow(TEMPORARY_FILE(**how), 10**9))
         with keys.Keys(Path(folder)) as found:
             for size in sizes:
                 room = found.room(size)
@@ -425,20 +427,45 @@ def test_keys_beyond_memory_are_found_again_in_their_order(data, sizes, top):
                 room[: len(some)] = torch.tensor(some, dtype=torch.int32)
                 found.took(len(some))
                 wanted += some
-            got = found.all()
-        assert got.tolist() == wanted
-        assert os.listdir(folder) == []
-        for need in range(1, len(wanted) + 1):
-            assert keys.nth_key(got, (0, top), need) == sorted(wanted)[need - 1]
+                lengths.append(len(some))
+            assert os.listdir(folder) == []
+            for need, key in enumerate(sorted(wanted), 1):
+                assert found.nth((0, top), need) == key
+            for key in {0, *wanted}:
+                parts = [wanted[sum(lengths[:i]) :][:length] for i, length in enumerate(lengths)]
+                want = [sum(one < key for one in part) for part in parts], [part.count(key) for part in parts]
+                assert found.counts(key, lengths) == want
 
 
-def test_a_disk_without_room_for_keys_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(keys, "HELD", 2)
-    found = keys.Keys(tmp_path / "missing")
-    found.room(2)
-    found.took(2)
-    with pytest.raises(HftcoreError, match="missing has no room for the keys next to the threshold"):
-        found.room(1)
+TEMPORARY_FILE = tempfile.TemporaryFile
+
+
+class Narrow:
+    """A file that takes seven bytes at a time, and `room` in all."""
+
+    def __init__(self, file, room):
+        self.file, self.left = file, room
+
+    def write(self, data):
+        if not self.left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self.file.write(data[: min(7, self.left)])
+        self.left -= taken
+        return taken
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("room", [0, 7, 9])
+def test_a_disk_without_room_for_keys_is_named(tmp_path, monkeypatch, room):
+    monkeypatch.setattr(keys, "HELD", 4)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **how: Narrow(TEMPORARY_FILE(**how), room))
+    with keys.Keys(tmp_path) as found:
+        found.room(4)
+        found.took(4)
+        with pytest.raises(HftcoreError, match=f"cannot keep .* in {tmp_path}: .*No space left"):
+            found.room(1)
 
 
 @pytest.mark.parametrize("collected", [1, 32])
@@ -456,25 +483,79 @@ def test_a_window_that_holds_all_or_nothing_costs_a_reading_and_no_bit(tmp_path,
     assert all(torch.equal(found.tensors[name].mask, entry.mask) for name, entry in edit.tensors.items())
 
 
-def test_keys_that_are_too_many_for_memory_still_take_one_reading(tmp_path, monkeypatch):
-    model = tiny_model("llama")
-    save_in(model, tmp_path / "model", 2, 0)
-    edit = hftcore.prune(copy.deepcopy(model), energy_of(model), "0.4 model")
-    held, stored, store = max(2 * layer.weight.numel() for layer in find_layers(model)), [], keys.Keys._store
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """Prune a model of 64 matrices by one threshold: (readings of all weights to find it, keys that were put into a file)."""
+    readings, stored, of_all, store = [], [], threshold._blocks, keys.Keys._store
 
     def note(self):
+        assert self._folder == tmp_path
         stored.append(self._filled)
         store(self)
 
-    monkeypatch.setattr(keys, "HELD", held)
+    monkeypatch.setattr(keys, "HELD", 300)
+    monkeypatch.setattr(threshold, "HELD", 300)
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 9)
     monkeypatch.setattr(keys.Keys, "_store", note)
-    monkeypatch.setattr(threshold, "COLLECTED", 1)
+    monkeypatch.setattr(threshold, "_blocks", lambda sources: readings.append(1) or of_all(sources))
+
+    def run(model, share):
+        save_in(model, tmp_path / "model", 2, 0)
+        found = prune_folder(tmp_path / "model", energy_of(model), share, tmp_path / "out", edit_only=True)
+        edit = hftcore.prune(model, energy_of(model), share)
+        assert all(torch.equal(found.tensors[name].mask, entry.mask) for name, entry in edit.tensors.items())
+        return len(readings), sum(stored)
+
+    return run
+
+
+def keys_around(model, share, width):
+    """A window of `width` keys about the end of the low set."""
+    scores = [
+        (layer.weight.detach().abs() * energy_of(model)[layer.name].sqrt()).flatten() for layer in find_layers(model)
+    ]
+    found = np.sort(torch.cat(scores).float().numpy().view(np.int32))
+    place = int(share * len(found))
+    return (int(found[place - width // 2]), int(found[place + width // 2])), len(found)
+
+
+def test_keys_that_are_too_many_for_memory_still_take_one_reading(searched, monkeypatch):
+    model = tiny_model("llama")
+    window, total = keys_around(model, 0.4, 400)
+    assert 300 < 400 < total // threshold.COLLECTED
+    monkeypatch.setattr(threshold, "_propose", lambda *_: (window, 400))
+    readings, stored = searched(model, "0.4 model")
+    assert readings == 1
+    assert 300 < stored <= 400
+
+
+def test_a_window_that_holds_more_than_was_expected_is_left_before_it_fills_the_disk(searched, monkeypatch):
+    model = tiny_model("llama")
+    most = keys_around(model, 0.4, 2)[1] // threshold.COLLECTED
     monkeypatch.setattr(threshold, "_propose", lambda *_: ((0, FINITE), 1))
-    monkeypatch.setattr(threshold, "confine", None)
-    found = prune_folder(tmp_path / "model", energy_of(model), "0.4 model", tmp_path / "out", edit_only=True)
-    assert all(torch.equal(found.tensors[name].mask, entry.mask) for name, entry in edit.tensors.items())
-    assert sum(map(bool, stored)) > 1
-    assert sum(stored) == sum(layer.weight.numel() for layer in find_layers(model))
+    readings, stored = searched(model, "0.4 model")
+    assert readings > 2
+    # and up to 300 of the window that is narrow enough
+    assert most < stored <= 2 * most + 300
+
+
+def test_weights_that_equal_the_end_of_a_window_are_expected_in_it(tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for layer in find_layers(model):
+            # every stretch tells the same, so the window would be narrow but for the ties
+            half = layer.weight.shape[1] // 2
+            layer.weight[:, :half] = 0
+            layer.weight[:, half:] = torch.arange(1, half + 1)
+    folder = save_in(model, tmp_path / "model", 1, 0)
+    pieces = [
+        find_pieces(layer.tensor, layer.weight.shape, False, list_tensors(folder))[0] for layer in find_layers(model)
+    ]
+    sources = [threshold.Source(piece, torch.ones(piece.columns)) for piece in pieces]
+    total = sum(layer.weight.numel() for layer in find_layers(model))
+    (low, high), expected = threshold._propose(sources, 0.501, total)
+    assert low == 0 < high < torch.tensor(float(half)).view(torch.int32)
+    assert total / 2 < expected < total
 
 
 def test_other_copies_of_the_weights_and_an_older_edit_are_left_behind(tmp_path):
@@ -681,8 +762,10 @@ import re, sys, threading, time
 from pathlib import Path
 from hftcore import Edit, Energy
 from hftcore.bindings.checkpoints.edits import revert_edit
+from hftcore.bindings.checkpoints.pieces import find_pieces
 from hftcore.bindings.checkpoints.prune import prune_folder
 from hftcore.bindings.checkpoints.skeleton import load_skeleton
+from hftcore.bindings.checkpoints.stored import list_tensors
 from hftcore.bindings.checkpoints.verify import verify_folder
 root, peak = Path(sys.argv[1]), [0]
 
@@ -831,7 +914,7 @@ class PartlyHeld:
     """
 
     def __init__(self, file, patched):
-        self.through, self.advised = [], []
+        self.through, self.advised, self.order = [], [], []
         self.content = os.urandom(256 * direct.PAGE)
         self._room, self._file, self._advise = mmap.mmap(-1, 257 * direct.PAGE), file, os.posix_fadvise
         file.write_bytes(self.content)
@@ -849,6 +932,7 @@ class PartlyHeld:
 
         def read(handle, *rest):
             self.through.append(not fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT)
+            self.order.append("read")
             return preadv(handle, *rest)
 
         patched.setattr(os, "preadv", read)
@@ -874,6 +958,7 @@ class PartlyHeld:
 
     def _note_advice(self, handle, first, length, advice):
         self.advised.append((first, length, advice))
+        self.order.append("ask")
         if advice != os.POSIX_FADV_WILLNEED:
             self._advise(handle, first, length, advice)
 
@@ -914,6 +999,7 @@ def test_the_gaps_of_a_part_are_asked_for_while_another_one_is_read(partly_held)
     asked = [(0, 8 * page), coming, (8 * page, 16 * page)]
     told = [(at, min(30 * page, stop - at), needed) for start, stop in asked for at in range(start, stop, 30 * page)]
     assert partly_held.advised == [(0, 0, os.POSIX_FADV_RANDOM), *told]
+    assert partly_held.order == ["ask", "ask", "ask", "ask", "read", "ask", "read"]
     # what was asked for is read from there, and not asked for again; of other parts what is there by then counts
     partly_held.hold(0)
     partly_held.read(*coming)

@@ -17,7 +17,7 @@ from hftcore.direct import PAGE, DirectReader
 
 # bytes read at a time: what is read, ranked, hashed and written soon after each other stays in the cache of the processor
 BLOCK = 1 << 22
-AHEAD = 2  # how many blocks before a block is read what the page cache lacks of it is asked for
+AHEAD = 2  # how many blocks of the same file before a block is read what the page cache lacks of it is asked for
 
 Span = tuple[Path, int, int]  # bytes [start, stop) of a file
 

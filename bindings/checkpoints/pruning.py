@@ -88,7 +88,7 @@ class Pruning:
         """
         choices = {"recipe": recipe, "edit_only": self.edit_only, **facts}
         with resumable_folder(self._target, signature(self._folders, choices)) as work:
-            selection = Selection(sources, self._pattern, work.folder, work.done.get("plan"))
+            selection = Selection(sources, self._pattern, self._target.parent, work.done.get("plan"))
             if selection.plan and "plan" not in work.done:
                 work.finish("plan", selection.plan)
             slots = {

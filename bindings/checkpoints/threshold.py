@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hftcore import checks
 from hftcore.bindings.checkpoints.blocks import Blocks, Rows, rows_of
-from hftcore.bindings.checkpoints.keys import HELD, Keys, nth_key
+from hftcore.bindings.checkpoints.keys import HELD, Keys
 from hftcore.bindings.checkpoints.pieces import Piece
 from hftcore.errors import HftcoreError, NonFiniteError
 from hftcore.kernels.reference import FINITE
@@ -57,12 +57,12 @@ def find_shares(sources: Sequence[Source], count: int, folder: Path) -> Shares:
     """The key that ends the `count` lowest weights of all sources.
 
     A sample of stretches all over the files proposes a window of keys. One reading collects the keys in it, those that are too many for
-    memory in a file in `folder`, which tells all there is to know. Where even that would be large, or the sample misled, a reading that
-    counts by bins narrows the window first. So a bad sample costs a reading, never exactness.
+    memory in a file in `folder` (4 bytes each), which tells all there is to know. Where that would be one weight in `COLLECTED` or more,
+    or the sample misled, a reading that counts by bins narrows the window first. So a bad sample costs a reading, never exactness.
 
     Raises:
         NonFiniteError: a score is NaN or infinite; it does not say which.
-        HftcoreError: the folder has no room.
+        HftcoreError: the folder has no room for keys.
     """
     total = sum(source.piece.rows * source.piece.columns for source in sources)
     most = max(HELD, total // COLLECTED)
@@ -101,27 +101,29 @@ def _propose(sources: Sequence[Source], share: float, total: int) -> tuple[tuple
     first, last = max(0, int(place - 4 * deviation - 1)), min(len(drawn) - 1, ceil(place + 4 * deviation + 1))
     drawn.partition((first, last))
     low, high = int(drawn[first]), int(drawn[last]) + 1
-    window = min(low, FINITE - 1), max(1, min(high, FINITE))
-    return window, ceil((last - first + 1) / len(drawn) * total)
+    low, high = min(low, FINITE - 1), max(1, min(high, FINITE))
+    # counted, for many weights may equal one of its ends
+    expected = np.count_nonzero((drawn >= low) & (drawn < high)) / len(drawn) * total
+    return (low, high), ceil(expected)
 
 
 def _collect(sources: Sequence[Source], count: int, window: tuple[int, int], folder: Path, most: int) -> Shares | None:
     """The shares from the keys in a window as one reading collects them; None where it lacks the wanted one or has more than `most`."""
     low, high = window
-    nowhere = torch.empty(0, dtype=torch.int32)
+    is_collected = high - low > 1  # of one key nothing but its count is wanted
     below, inside, ties = [0] * len(sources), [0] * len(sources), [0] * len(sources)
-    spoiled = 0
+    spoiled = total = 0
     with Keys(folder) as keys:
         for number, part in _read(sources, _blocks(sources)):
-            # of one key nothing but its count is wanted
-            room = keys.room(part.weight.numel()) if high - low > 1 else nowhere
+            room = keys.room(part.weight.numel()) if is_collected else torch.empty(0, dtype=torch.int32)
             under, strange, _, counts = part.call("keys_between", low, min(high, FINITE), room)
             found = int(counts.sum())
             below[number] += under
             inside[number] += found
+            total += found
             spoiled += strange
-            if room is not nowhere:
-                if found > len(room) or sum(inside) > most:
+            if is_collected:
+                if found > len(room) or total > most:
                     return None
                 keys.took(found)
         if spoiled:
@@ -129,16 +131,13 @@ def _collect(sources: Sequence[Source], count: int, window: tuple[int, int], fol
         need = count - sum(below)
         if high == low:
             return Shares(low, below, ties)
-        if not 0 < need <= sum(inside):
+        if not 0 < need <= total:
             return None
-        if high - low == 1:
+        if not is_collected:
             return Shares(low, below, inside)
-        found_keys = keys.all()
-        key = nth_key(found_keys, window, need)
-        for number, mine in enumerate(np.split(found_keys, np.cumsum(inside)[:-1])):
-            below[number] += int((mine < key).sum())
-            ties[number] = int((mine == key).sum())
-        return Shares(key, below, ties)
+        key = keys.nth(window, need)
+        under_key, ties = keys.counts(key, inside)
+        return Shares(key, [one + more for one, more in zip(below, under_key, strict=True)], ties)
 
 
 class _Parts(Iterable[Callable[[], Part]]):

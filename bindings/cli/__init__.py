@@ -31,7 +31,8 @@ def main() -> None:
 def program() -> None:
     """`main` as a process of its own, which ends without freeing every object one by one: that takes Python a second."""
     codes: list[int] = []
-    # what is registered first is called last, when threads and all other handlers are done
+    # what is registered first is called last, when threads and the handlers registered since are done; those that were there before the
+    # program began are passed over
     atexit.register(_leave, codes)
     try:
         main()
@@ -49,6 +50,6 @@ def _leave(codes: list[int]) -> None:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-    except OSError:
-        return  # Python flushes again, and says so
+    except (OSError, ValueError):
+        return  # Python flushes again, and says what is wrong; to have closed one is nothing wrong
     os._exit(codes[0])

@@ -528,9 +528,9 @@ struct Ops {
   }
 };
 
-// Σ mix64(element + (position + 1) · golden ratio); a = number of elements, items are pieces of b of them, c = position of the first
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
 
+// Σ mix64(element + (position + 1) · golden ratio); a = number of elements, items are pieces of b of them, c = position of the first
 template <class Bits>
 inline void fingerprint(const void* context, char*, Chunks& chunks) {
   const Job& job = *static_cast<const Job*>(context);

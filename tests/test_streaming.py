@@ -468,6 +468,17 @@ def test_a_disk_without_room_for_keys_is_named(tmp_path, monkeypatch, room):
             found.room(1)
 
 
+def test_a_file_of_keys_that_lost_some_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(keys, "HELD", 4)
+    with keys.Keys(tmp_path) as found:
+        found.room(4)[:] = torch.arange(4)
+        found.took(4)
+        found.room(1)
+        os.ftruncate(found._file.fileno(), 12)
+        with pytest.raises(HftcoreError, match="cannot read back the keys"):
+            found.nth((0, 4), 1)
+
+
 @pytest.mark.parametrize("collected", [1, 32])
 @pytest.mark.parametrize("window", [(0, FINITE), (0, 1), (FINITE - 1, FINITE)])
 def test_a_window_that_holds_all_or_nothing_costs_a_reading_and_no_bit(tmp_path, monkeypatch, window, collected):
@@ -485,7 +496,7 @@ def test_a_window_that_holds_all_or_nothing_costs_a_reading_and_no_bit(tmp_path,
 
 @pytest.fixture
 def searched(tmp_path, monkeypatch):
-    """Prune a model of 64 matrices by one threshold: (readings of all weights to find it, keys that were put into a file)."""
+    """Prune a model by one threshold: (readings of all weights to find it, keys that were put into a file)."""
     readings, stored, of_all, store = [], [], threshold._blocks, keys.Keys._store
 
     def note(self):
@@ -762,10 +773,8 @@ import re, sys, threading, time
 from pathlib import Path
 from hftcore import Edit, Energy
 from hftcore.bindings.checkpoints.edits import revert_edit
-from hftcore.bindings.checkpoints.pieces import find_pieces
 from hftcore.bindings.checkpoints.prune import prune_folder
 from hftcore.bindings.checkpoints.skeleton import load_skeleton
-from hftcore.bindings.checkpoints.stored import list_tensors
 from hftcore.bindings.checkpoints.verify import verify_folder
 root, peak = Path(sys.argv[1]), [0]
 
@@ -1000,7 +1009,7 @@ def test_the_gaps_of_a_part_are_asked_for_while_another_one_is_read(partly_held)
     told = [(at, min(30 * page, stop - at), needed) for start, stop in asked for at in range(start, stop, 30 * page)]
     assert partly_held.advised == [(0, 0, os.POSIX_FADV_RANDOM), *told]
     assert partly_held.order == ["ask", "ask", "ask", "ask", "read", "ask", "read"]
-    # what was asked for is read from there, and not asked for again; of other parts what is there by then counts
+    # each is read as was settled when it was asked for, whatever the page cache holds by then, and not asked for again
     partly_held.hold(0)
     partly_held.read(*coming)
     partly_held.hold(64)

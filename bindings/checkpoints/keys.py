@@ -57,6 +57,9 @@ class Keys:
         Args:
             window: none of them lies outside; from the one to below the other.
             need: 1 to how many they are.
+
+        Raises:
+            HftcoreError: some cannot be read back.
         """
         low, high = window
         while high - low > 1:
@@ -86,7 +89,12 @@ class Keys:
             if self._file is not None and start < self._stored:
                 end = min(end, self._stored)
                 self._file.seek(4 * start)
-                yield np.fromfile(self._file, np.int32, end - start)
+                some = np.fromfile(self._file, np.int32, end - start)
+                if len(some) < end - start:
+                    raise HftcoreError(
+                        f"cannot read back the keys that were kept in {self._folder}; check the disk, then run again"
+                    )
+                yield some
             else:
                 yield self._held[start - self._stored : end - self._stored].numpy()
             start = end
@@ -105,7 +113,7 @@ class Keys:
                 data = data[self._file.write(data) :]
         except OSError as error:
             raise HftcoreError(
-                f"cannot keep the keys next to the threshold in {self._folder}: {error}; a model may need a sixteenth of its size there"
+                f"cannot keep the keys next to the threshold in {self._folder}: {error}; a model may need an eighth of its size there"
             ) from error
         self._stored += self._filled
         self._filled = 0

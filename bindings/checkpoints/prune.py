@@ -32,7 +32,7 @@ def prune_folder(
     """Write to `out` the pruned copy of a checkpoint folder, with its Edit in `out/edit`: what `hftcore.prune` does in memory.
 
     Weights are read, selected and written block by block, file by file, in the dtype of the files; other tensors and files are copied
-    byte for byte, and `hftcore_manifest.json` is added. Memory does not grow with the model: 75 to 175 MB beside what importing the
+    byte for byte, and `hftcore_manifest.json` is added. Memory does not grow with the model: 75 to 190 MB beside what importing the
     libraries takes. A killed call is continued by the same call (see `hftcore.resumable.resumable_folder`).
 
     Args:

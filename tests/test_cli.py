@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import hftcore
 from hftcore.bindings import models_io
 from hftcore.bindings.checkpoints.manifest import MANIFEST
+from hftcore.bindings.cli import program
 from hftcore.bindings.cli.app import COMMANDS, app
 from hftcore.bindings.data import load_samples, make_batches
 from hftcore.bindings.models_io import load_model, save_model
@@ -94,7 +95,7 @@ def own_lines(text):
 
 
 ENDING = """
-import atexit, os, sys, threading, time
+import atexit, os, sys, threading
 from hftcore.bindings import cli
 
 class Held:
@@ -104,7 +105,7 @@ class Held:
 def main():
     sys.held = Held()
     atexit.register(print, "handler", end=" ")
-    threading.Thread(target=lambda: (time.sleep(0.1), print("thread", end=" "))).start()
+    threading.Thread(target=lambda: (threading.main_thread().join(), print("thread", end=" "))).start()
     END
 
 cli.main = main
@@ -126,6 +127,7 @@ def ended(end, out):
     [
         ("sys.exit(0)", 0, "thread handler "),
         ("sys.exit(143)", 143, "thread handler "),
+        ("sys.stdout = None; sys.exit(0)", 0, ""),
         ("sys.exit('a word')", 1, "thread handler taken apart "),
         ("raise ValueError('a word')", 1, "thread handler taken apart "),
         ("raise KeyboardInterrupt('a word')", -signal.SIGINT, "thread handler taken apart "),
@@ -137,12 +139,18 @@ def test_a_program_that_ends_leaves_its_objects_to_the_system_and_nothing_else(e
     assert ("a word" in done.stderr) == ("a word" in end)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_program_tells_that_its_last_words_were_lost():
-    with open("/dev/full", "w") as full:
-        done = ended("sys.exit(0)", full)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = ended("sys.exit(0)", writer)
+    os.close(writer)
     assert done.returncode == 120
-    assert "No space left on device" in done.stderr
+    assert "Broken pipe" in done.stderr
+
+
+def test_the_command_is_the_program():
+    (command,) = entry_points(group="console_scripts", name="hftcore")
+    assert command.load() is program
 
 
 def test_wanda_writes_the_model_that_the_library_prunes(world, tmp_path):
